@@ -1,0 +1,279 @@
+"""Train the world's own sources from a seed: text encoder, base, realism, edit, local and global experts.
+
+Nothing here is special: the base is flow matching on scenes and prompts from scratch, every other source is ordinary
+LoRA fine-tuning of that base on its own data and on nothing else. Whatever the sources forget, they forget by that.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from danceopd.world.network import LORA_TARGETS, ShapesTransformer
+from danceopd.world.render import render
+from danceopd.world.tasks import EDIT_TASKS, GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS, draw_edit, draw_text_to_image
+from danceopd.world.text import SlotReader, TextEncoder, slot_targets, tokenize
+
+CHECKPOINT_SECONDS = 60.0
+CAPTION_DROPOUT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """How one source is trained.
+
+    tasks: the tasks drawn, uniformly; a leading part of them may be text-to-image, the rest edits.
+    style: forced scene style, or None.
+    rank: LoRA rank (alpha equals it), or 0 to train all weights.
+    learning_rate: of AdamW; matrices of the transformer blocks take Muon at ten times this when ``rank`` is 0.
+    decay: share of the steps, at the end, over which the learning rate falls linearly to 0.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    steps: int
+    learning_rate: float
+    rank: int = 32
+    batch_size: int = 64
+    style: str | None = None
+    decay: float = 0.4
+    ema: float = 0.999
+
+
+STAGES = (
+    Stage(name="base", tasks=T2I_TASKS, steps=14000, learning_rate=2e-3, rank=0),
+    Stage(name="edit", tasks=EDIT_TASKS, steps=4000, learning_rate=2e-3),
+    Stage(name="local", tasks=LOCAL_EDITS, steps=2500, learning_rate=2e-3),
+    Stage(name="global", tasks=GLOBAL_EDITS, steps=1500, learning_rate=2e-3),
+    Stage(name="realism", tasks=T2I_TASKS, steps=800, learning_rate=1e-3, style="shaded"),
+)
+TEXT_STEPS = 1200
+
+
+def draw_batch(rng: np.random.Generator, stage: Stage) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Targets [B, 3, 32, 32], source images (or None) and captions, 10 % of which are empty."""
+    targets, sources, captions = [], [], []
+    for _ in range(stage.batch_size):
+        task = stage.tasks[rng.integers(len(stage.tasks))]
+        if task in T2I_TASKS:
+            example = draw_text_to_image(rng, task, stage.style)
+            targets.append(render(example.scene))
+            captions.append(example.prompt)
+        else:
+            edit = draw_edit(rng, task)
+            targets.append(render(edit.target))
+            sources.append(render(edit.source))
+            captions.append(edit.instruction)
+    captions = ["" if rng.random() < CAPTION_DROPOUT else caption for caption in captions]
+    as_tensor: Callable[[list], Tensor] = lambda images: torch.from_numpy(np.stack(images))  # noqa: E731
+    return as_tensor(targets), as_tensor(sources) if sources else None, captions
+
+
+def train_text_encoder(seed: int, device: torch.device, report: Callable[[str], None]) -> TextEncoder:
+    """Train the encoder to name the words of each category in a sentence, in order."""
+    with _seeded(seed):
+        encoder, reader = TextEncoder().to(device), SlotReader().to(device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=2e-3, weight_decay=0.01)
+    rng = np.random.default_rng([seed, 0])
+    accuracy = 0.0
+    for step in range(TEXT_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * _schedule(step, TEXT_STEPS, 0.4)
+        sentences = [
+            draw_text_to_image(rng).prompt if rng.random() < 0.5 else draw_edit(rng).instruction for _ in range(128)
+        ]
+        pooled = encoder(tokenize(sentences).to(device))[1]
+        targets = slot_targets(sentences).to(device)
+        loss = reader.loss(pooled, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 400 == 0:
+            accuracy = reader.accuracy(pooled, targets)
+            report(f"text {step + 1}/{TEXT_STEPS} loss {loss.item():.4f} sentences read {accuracy:.1%}")
+    if accuracy < 0.99:
+        raise RuntimeError(f"the text encoder reads only {accuracy:.1%} of sentences after {TEXT_STEPS} steps")
+    return encoder.requires_grad_(False).eval()
+
+
+def train_stage(
+    stage: Stage,
+    network: nn.Module,
+    encoder: TextEncoder,
+    *,
+    seed: int,
+    device: torch.device,
+    resume_file: Path,
+    report: Callable[[str], None],
+    autocast: bool = True,
+) -> dict[str, Tensor]:
+    """Flow matching on the stage's data: loss = mean |v(z_sigma, sigma, c) - (eps - x)|^2, sigma logit-normal.
+
+    Continues from ``resume_file`` where it exists and writes it every minute. Returns the averaged (EMA) trained
+    weights by name.
+    """
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    average = {name: weight.detach().clone() for name, weight in trained.items()}
+    optimizers = _optimizers(stage, trained)
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng([seed, 1 + [item.name for item in STAGES].index(stage.name)])
+    step, losses, started, saved = 0, [], time.monotonic(), time.monotonic()
+    if resume_file.exists():
+        state = torch.load(resume_file, weights_only=True)
+        step = state["step"]
+        for name, weight in trained.items():
+            weight.data.copy_(state["weights"][name])
+        average = state["average"]
+        for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        generator.set_state(state["generator"])
+        rng.bit_generator.state = json.loads(state["numpy"])
+    first = step
+    while step < stage.steps:
+        scale = _schedule(step, stage.steps, stage.decay)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+        clean, source, captions = draw_batch(rng, stage)
+        sigma = torch.sigmoid(torch.randn(len(clean), generator=generator) * 1.2 + 0.3)
+        noise = torch.randn(clean.shape, generator=generator)
+        scale_z = sigma.view(-1, 1, 1, 1)
+        z = ((1 - scale_z) * clean + scale_z * noise).to(device)
+        with torch.no_grad():
+            tokens, pooled = encoder(tokenize(captions).to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            velocity = network(z, sigma.to(device), tokens, pooled, None if source is None else source.to(device))
+        loss = ((velocity - (noise - clean).to(device)) ** 2).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        decay = min(stage.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [weight.detach() for weight in trained.values()], 1 - decay)
+        losses.append(loss.item())
+        if step % 100 == 0 or step == stage.steps:
+            rate = (time.monotonic() - started) / (step - first)
+            left = (stage.steps - step) * rate / 60
+            report(
+                f"{stage.name} {step}/{stage.steps} loss {np.mean(losses[-100:]):.4f} "
+                f"{rate:.3f} s/step, {left:.0f} min left"
+            )
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            content = {
+                "step": step,
+                "weights": {name: weight.detach() for name, weight in trained.items()},
+                "average": average,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "generator": generator.get_state(),
+                "numpy": json.dumps(rng.bit_generator.state),
+            }
+            aside = resume_file.with_suffix(".tmp")
+            torch.save(content, aside)
+            aside.replace(resume_file)
+            saved = time.monotonic()
+    return average
+
+
+def build(
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    stages: tuple[Stage, ...] = STAGES,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Build every source that ``folder`` does not hold yet: NAME.safetensors for each, resumable at any point."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    text_file = folder / "text.safetensors"
+    if not text_file.exists():
+        _save(train_text_encoder(seed, device, report).state_dict(), text_file)
+    encoder = TextEncoder().to(device)
+    encoder.load_state_dict(load_file(text_file))
+    encoder.requires_grad_(False).eval()
+    for stage in stages:
+        target = folder / f"{stage.name}.safetensors"
+        if target.exists():
+            report(f"{stage.name}: already built")
+            continue
+        with _seeded(seed):
+            network = ShapesTransformer().to(device)
+            if stage.rank:
+                network.load_state_dict(load_file(folder / "base.safetensors"))
+                network.requires_grad_(False)
+                config = LoraConfig(r=stage.rank, lora_alpha=stage.rank, target_modules=list(LORA_TARGETS))
+                inject_adapter_in_model(config, network, "default")
+        resume_file = folder / f"{stage.name}.resume"
+        average = train_stage(
+            stage, network, encoder, seed=seed, device=device, resume_file=resume_file, report=report
+        )
+        if stage.rank:
+            for name, weight in network.named_parameters():
+                if name in average:
+                    weight.data.copy_(average[name])
+            content = get_peft_model_state_dict(network, adapter_name="default")
+            metadata = {"rank": str(stage.rank), "alpha": str(stage.rank), "format": "pt"}
+        else:
+            content, metadata = average, {"format": "pt"}
+        _save(content, target, metadata)
+        resume_file.unlink(missing_ok=True)
+        report(f"{stage.name}: built")
+
+
+def quick(stages: tuple[Stage, ...] = STAGES, steps: int = 2, batch_size: int = 4) -> tuple[Stage, ...]:
+    """The same stages cut to a few steps, for trying the pipeline."""
+    return tuple(replace(stage, steps=steps, batch_size=batch_size) for stage in stages)
+
+
+def _save(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write bfloat16 safetensors, aside and then renamed."""
+    aside = path.with_suffix(".tmp")
+    content = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+    save_file(content, aside, metadata)
+    aside.replace(path)
+
+
+def _optimizers(stage: Stage, trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """AdamW; for a full training, Muon on the blocks' matrices beside it."""
+    matrices = [
+        weight
+        for name, weight in trained.items()
+        if not stage.rank and weight.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+    ]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in trained.values() if id(weight) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=10 * stage.learning_rate, weight_decay=0.0, adjust_lr_fn="original")
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _schedule(step: int, steps: int, decay: float) -> float:
+    """50 steps of warm-up, constant, then linear decay over the last ``decay`` share."""
+    return min(1.0, (step + 1) / 50, (steps - step) / max(1.0, decay * steps))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initialise modules from ``seed`` (torch's initialisers take no generator), global state restored after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
