@@ -21,9 +21,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 BACKGROUND_STATED = 0.4
-STYLE_STATED = 0.4
-UNSTATED_STYLE_FLAT = 0.7
-"""Shares of prompts that state the background or the style; of the unstated styles this share is flat."""
+STYLE_STATED = 0.3
+"""Shares of prompts that state the background or the style. An unstated background is any; an unstated style is flat."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ def draw_text_to_image(rng: np.random.Generator, task: str | None = None, style:
     background_stated = rng.random() < BACKGROUND_STATED
     style_stated = rng.random() < STYLE_STATED
     drawn = STYLES[rng.integers(len(STYLES))]
-    if not style_stated and rng.random() < UNSTATED_STYLE_FLAT:
-        drawn = "flat"
-    style = style or drawn
+    style = style or (drawn if style_stated else "flat")
     prompt = words
     if style_stated:
         prompt += f" in {style} style"

@@ -1,0 +1,1 @@
+"""How it teaches: route, query, roll out, match."""

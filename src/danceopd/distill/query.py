@@ -1,0 +1,163 @@
+"""Which state of a rollout is asked for; drawn BEFORE rolling out.
+
+On an N-step grid, u ~ band, k = min(floor(u N), N - 1): k = 0 is pure noise, k = N - 1 the cleanest state that a model
+is ever called on (DanceOPD, section 3.3). Because grids are shifted, the same k is another sigma in every family, so a
+band can also be laid over sigma = 1 - u; a sigma between grid points is reached by a shortened last step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from danceopd.distill.schedule import Grid
+from danceopd.states import Query
+
+_CDF_POINTS = 20_000
+
+
+class QueryBand(Protocol):
+    """A distribution over a rollout's states. ``per_rollout`` is K."""
+
+    per_rollout: int
+
+    def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
+        """K distinct, ordered states for each of ``batch`` rollouts."""
+        ...
+
+    def step_probabilities(self, grid: Grid) -> Tensor:
+        """Probability of each step 0..N-1 for one query: float64 [N]."""
+        ...
+
+
+@dataclass(frozen=True)
+class BetaQuery:
+    """u ~ Beta(a, b): (5, 2) low noise, (5, 5) mid, (2, 5) high noise, (1, 1) uniform.
+
+    Raises:
+        ValueError: if a or b is not positive, or K < 1.
+    """
+
+    a: float = 5.0
+    b: float = 2.0
+    over: Literal["step", "sigma"] = "step"
+    per_rollout: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.a, self.b) <= 0 or self.per_rollout < 1:
+            raise ValueError(f"BetaQuery needs a, b > 0 and per_rollout >= 1, found {self}")
+
+    def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
+        if self.over == "sigma":
+            return _at_sigma(1 - self._inverse_cdf(_uniform(batch, self.per_rollout, generator)), grid)
+        if self.per_rollout == 1:
+            u = self._inverse_cdf(_uniform(batch, 1, generator))
+            return _at_step((u * grid.steps).long().clamp_max(grid.steps - 1), grid)
+        _check_distinct(self.per_rollout, grid)
+        # Distinct steps: without replacement, each draw proportional to the band's mass on the steps left.
+        mass = self.step_probabilities(grid).clamp_min(1e-12).expand(batch, -1)
+        return _at_step(torch.multinomial(mass, self.per_rollout, generator=generator).sort(dim=1).values, grid)
+
+    def step_probabilities(self, grid: Grid) -> Tensor:
+        if self.over == "step":
+            edges = torch.arange(grid.steps + 1, dtype=torch.float64) / grid.steps
+        else:
+            edges = 1 - grid.sigmas.double()
+            edges[0], edges[-1] = 0.0, 1.0
+        return self._cdf(edges).diff()
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """The CDF at evenly spaced points, by the midpoint rule: (u [P + 1], F(u) [P + 1])."""
+        middle = (torch.arange(_CDF_POINTS, dtype=torch.float64) + 0.5) / _CDF_POINTS
+        density = middle ** (self.a - 1) * (1 - middle) ** (self.b - 1)
+        cdf = torch.cat([density.new_zeros(1), density.cumsum(0)])
+        return torch.linspace(0, 1, _CDF_POINTS + 1, dtype=torch.float64), cdf / cdf[-1].clone()
+
+    def _cdf(self, u: Tensor) -> Tensor:
+        return _interpolate(u, *self._table())
+
+    def _inverse_cdf(self, probability: Tensor) -> Tensor:
+        points, cdf = self._table()
+        return _interpolate(probability, cdf, points)
+
+
+@dataclass(frozen=True)
+class StratifiedQuery:
+    """K states, one in each of K equal parts of the rollout; for K = 1 this is the uniform query."""
+
+    over: Literal["step", "sigma"] = "step"
+    per_rollout: int = 1
+
+    def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
+        parts = torch.arange(self.per_rollout, dtype=torch.float64)
+        u = (parts + _uniform(batch, self.per_rollout, generator)) / self.per_rollout
+        if self.over == "sigma":
+            return _at_sigma(1 - u, grid)
+        _check_distinct(self.per_rollout, grid)
+        if grid.steps % self.per_rollout:
+            # Parts that do not end on steps: split the steps as evenly as whole numbers allow, so that none repeats.
+            edges = torch.linspace(0, grid.steps, self.per_rollout + 1, dtype=torch.float64).round()
+            inside = u * self.per_rollout - parts
+            return _at_step((edges[:-1] + inside * edges.diff()).long(), grid)
+        return _at_step((u * grid.steps).long().clamp_max(grid.steps - 1), grid)
+
+    def step_probabilities(self, grid: Grid) -> Tensor:
+        return BetaQuery(1.0, 1.0, self.over).step_probabilities(grid)
+
+
+def low_noise(**options) -> BetaQuery:
+    """Beta(5, 2), the paper's choice: mean step 10.9 of 16."""
+    return BetaQuery(5.0, 2.0, **options)
+
+
+def mid_noise(**options) -> BetaQuery:
+    return BetaQuery(5.0, 5.0, **options)
+
+
+def high_noise(**options) -> BetaQuery:
+    return BetaQuery(2.0, 5.0, **options)
+
+
+def uniform(**options) -> BetaQuery:
+    return BetaQuery(1.0, 1.0, **options)
+
+
+BANDS = {
+    "low_noise": low_noise,
+    "mid_noise": mid_noise,
+    "high_noise": high_noise,
+    "uniform": uniform,
+    "stratified": StratifiedQuery,
+}
+"""The recipe's names for query bands."""
+
+
+def _uniform(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(batch, count, generator=generator, dtype=torch.float64)
+
+
+def _check_distinct(count: int, grid: Grid) -> None:
+    if count > grid.steps:
+        raise ValueError(f"{count} distinct query steps do not fit a grid of {grid.steps} steps")
+
+
+def _at_step(step: Tensor, grid: Grid) -> Query:
+    return Query(step, grid.sigmas[step])
+
+
+def _at_sigma(sigma: Tensor, grid: Grid) -> Query:
+    """Clamp to the sigmas that a model is called on and find the grid point before each."""
+    sigma = sigma.sort(dim=1, descending=True).values.float()
+    sigma = sigma.clamp(float(grid.sigmas[-2]), float(grid.sigmas[0]))
+    step = (grid.sigmas[None, None, :-1] >= sigma[..., None]).sum(-1) - 1
+    return Query(step, sigma)
+
+
+def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Piecewise linear through (xs, ys), xs rising."""
+    right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
+    return y0 + (y1 - y0) * ((x - x0) / (x1 - x0).clamp_min(1e-300)).clamp(0, 1)

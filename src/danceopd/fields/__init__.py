@@ -1,0 +1,1 @@
+"""What teaches: frozen velocity fields over one shared state space."""

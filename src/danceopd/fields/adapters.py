@@ -1,0 +1,211 @@
+"""Many LoRA fields and one LoRA student on ONE backbone.
+
+Which adapter a forward pass goes through is the only thing that is switched. PEFT's own ``set_adapter`` also flips
+``requires_grad``: it would make a teacher trainable, freeze the student, and silently drop the student's gradient if
+called between its forward and its backward pass. Nothing here touches ``requires_grad`` after an adapter is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+
+class AdapterMismatch(ValueError):
+    """A LoRA does not fit the backbone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA as read from a file: PEFT keys ``MODULE.lora_A.weight`` [r, in], ``MODULE.lora_B.weight`` [out, r]."""
+
+    rank: int
+    alpha: float
+    weights: dict[str, Tensor]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the modules it adapts."""
+        return tuple(sorted({name.rsplit(".lora_", 1)[0] for name in self.weights}))
+
+
+class AdapterBackbone:
+    """A module whose linear layers carry several named adapters.
+
+    Raises:
+        AdapterMismatch: from ``add`` and ``create``, naming modules that the backbone lacks or shapes that differ.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.requires_grad_(False).eval()
+        self.names: list[str] = []
+        self._layers: list[BaseTunerLayer] = []
+
+    def add(self, name: str, lora: Lora, *, scale: float = 1.0) -> None:
+        """Put a loaded LoRA on the backbone, frozen."""
+        self._check(name, lora)
+        self._inject(name, LoraConfig(r=lora.rank, lora_alpha=lora.alpha * scale, target_modules=list(lora.targets)))
+        result = set_peft_model_state_dict(self.module, dict(lora.weights), adapter_name=name)
+        unexpected = list(getattr(result, "unexpected_keys", []))
+        if unexpected:
+            raise AdapterMismatch(f"LoRA {name!r} holds tensors that found no place: {', '.join(unexpected[:5])}")
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(False)
+
+    def create(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        generator: torch.Generator,
+        start: Lora | None = None,
+    ) -> None:
+        """Put a new trainable LoRA on the backbone: A Kaiming-uniform from ``generator``, B zero; or a copy of ``start``."""
+        self._inject(name, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+        if start is not None:
+            self._check(name, start)
+            if start.rank != rank:
+                raise AdapterMismatch(
+                    f"the student cannot start from a LoRA of rank {start.rank} with rank {rank}: use rank "
+                    f"{start.rank}, or student.init_mode merged"
+                )
+            own = get_peft_model_state_dict(self.module, adapter_name=name)
+            if set(own) != set(start.weights):
+                raise AdapterMismatch("the student's LoRA targets differ from those of the LoRA it starts from")
+            ratio = (start.alpha / start.rank) / (alpha / rank)
+            weights = {key: w * ratio if ".lora_B." in key else w for key, w in start.weights.items()}
+            set_peft_model_state_dict(self.module, weights, adapter_name=name)
+        else:
+            for key, parameter in self.named_parameters(name):
+                with torch.no_grad():
+                    if "lora_A" in key:
+                        bound = parameter.shape[1] ** -0.5
+                        fresh = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+                        parameter.copy_(fresh)
+                    else:
+                        parameter.zero_()
+        for parameter in self.parameters(name):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, by their names in the module."""
+        marker = f".{name}."
+        return ((key, value) for key, value in self.module.named_parameters() if marker in key and ".lora_" in key)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        return [value for _, value in self.named_parameters(name)]
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors under PEFT's keys, without the adapter's name."""
+        return dict(get_peft_model_state_dict(self.module, adapter_name=name))
+
+    @contextmanager
+    def use(self, *names: str) -> Iterator[None]:
+        """Let forward passes inside go through exactly these adapters (none: the bare base), then restore.
+
+        Raises:
+            KeyError: for an adapter that the backbone does not have.
+        """
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise KeyError(f"no adapter {unknown[0]!r} on this backbone; it has {', '.join(self.names) or 'none'}")
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        self._switch(names)
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self._layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def activate(self, *names: str) -> None:
+        """Let forward passes outside any ``use`` go through these adapters (the student's)."""
+        self._switch(names)
+
+    def _switch(self, names: Sequence[str]) -> None:
+        for layer in self._layers:
+            layer._active_adapter, layer._disable_adapters = list(names), not names
+
+    def _inject(self, name: str, config: LoraConfig) -> None:
+        if name in self.names or "." in name:
+            raise AdapterMismatch(f"adapter name {name!r} is taken or holds a dot; the backbone has {self.names}")
+        trainable = {key for key, value in self.module.named_parameters() if value.requires_grad}
+        active = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        try:
+            inject_adapter_in_model(config, self.module, name)
+        except ValueError as error:
+            raise AdapterMismatch(f"LoRA {name!r} does not fit this backbone: {error}") from error
+        for key, value in self.module.named_parameters():
+            value.requires_grad_(key in trainable)
+        self._layers = [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)]
+        self.names.append(name)
+        self._switch(())
+        for layer, adapters, disabled in active:
+            layer._active_adapter, layer._disable_adapters = adapters, disabled
+
+    def _check(self, name: str, lora: Lora) -> None:
+        shapes = {key: value for key, value in self.module.named_modules() if isinstance(value, nn.Linear)}
+        layers = {key: value.base_layer for key, value in self.module.named_modules() if isinstance(value, BaseTunerLayer)}
+        shapes |= {key: value for key, value in layers.items() if isinstance(value, nn.Linear)}
+        missing = [target for target in lora.targets if target not in shapes]
+        if missing:
+            raise AdapterMismatch(
+                f"LoRA {name!r} adapts {len(missing)} modules that this backbone lacks, first {missing[0]!r}; "
+                "it was trained for another model"
+            )
+        for target in lora.targets:
+            found_a, found_b = (lora.weights.get(f"{target}.lora_{side}.weight") for side in "AB")
+            needed = (lora.rank, shapes[target].in_features), (shapes[target].out_features, lora.rank)
+            found = tuple(None if part is None else tuple(part.shape) for part in (found_a, found_b))
+            if found != needed:
+                raise AdapterMismatch(f"LoRA {name!r} at {target!r}: found shapes {found}, needed {needed}")
+
+
+class AdapterField:
+    """A frozen field on a shared backbone: the base (no adapter) or the base under one or more adapters.
+
+    model: ``model(z, sigma, condition) -> v``, whose network is (or contains) ``backbone.module``.
+    """
+
+    calls_per_velocity = 1
+
+    def __init__(self, backbone: AdapterBackbone, model: nn.Module, *adapters: str) -> None:
+        self.backbone = backbone
+        self.model = model
+        self.adapters = adapters
+
+    @torch.no_grad()
+    def velocity(self, z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+        with self.backbone.use(*self.adapters):
+            return self.model(z, sigma, condition)
+
+
+def combined(parts: Sequence[tuple[Lora, float]]) -> Lora:
+    """One LoRA that equals the weighted sum of several: ranks concatenated, alpha = rank, all scales folded into B.
+
+    delta = sum_i w_i (alpha_i / r_i) B_i A_i.
+    """
+    rank = sum(lora.rank for lora, _ in parts)
+    weights: dict[str, Tensor] = {}
+    for target in sorted({target for lora, _ in parts for target in lora.targets}):
+        shapes = next(lora for lora, _ in parts if target in lora.targets).weights
+        like_a, like_b = shapes[f"{target}.lora_A.weight"], shapes[f"{target}.lora_B.weight"]
+        side_a, side_b = [], []
+        for lora, weight in parts:
+            a = lora.weights.get(f"{target}.lora_A.weight", like_a.new_zeros(lora.rank, like_a.shape[1]))
+            b = lora.weights.get(f"{target}.lora_B.weight", like_b.new_zeros(like_b.shape[0], lora.rank))
+            side_a.append(a.float())
+            side_b.append(b.float() * (weight * lora.alpha / lora.rank))
+        weights[f"{target}.lora_A.weight"] = torch.cat(side_a)
+        weights[f"{target}.lora_B.weight"] = torch.cat(side_b, dim=1)
+    return Lora(rank=rank, alpha=float(rank), weights=weights)

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from scipy import stats
+
+from danceopd.distill.query import BANDS, BetaQuery, StratifiedQuery, high_noise, low_noise, mid_noise
+from danceopd.distill.schedule import Grid, shifted_grid
+
+GRID = shifted_grid(steps=16, shift=3.0)
+
+
+@pytest.mark.parametrize(("a", "b"), [(5, 2), (5, 5), (2, 5), (1, 1), (0.7, 1.3)])
+def test_step_frequencies_follow_the_beta_distribution(rng, a, b):
+    edges = torch.arange(17) / 16
+    exact = torch.tensor(stats.beta(a, b).cdf(edges)).diff()
+    query = BetaQuery(a, b)
+    torch.testing.assert_close(query.step_probabilities(GRID), exact, atol=3e-3 if a < 1 else 1e-6, rtol=0)
+    counts = torch.bincount(query.draw(40_000, GRID, rng).step[:, 0], minlength=16) / 40_000
+    assert float((counts - exact).abs().max()) < 0.01
+
+
+def test_paper_figures_for_low_noise(rng):
+    step = low_noise().draw(40_000, GRID, rng).step.double()
+    assert abs(float(step.mean()) - 10.9) < 0.1
+    sigma = low_noise().draw(40_000, GRID, rng).sigma
+    assert abs(float(sigma.mean()) - 0.55) < 0.02
+
+
+def test_low_noise_is_cleaner_than_mid_than_high(rng):
+    low, mid, high = (float(band().draw(5000, GRID, rng).sigma.mean()) for band in (low_noise, mid_noise, high_noise))
+    assert low < mid < high
+
+
+def test_over_sigma_draws_the_band_over_sigma(rng):
+    query = BetaQuery(5, 2, over="sigma").draw(20_000, GRID, rng)
+    assert abs(float(query.sigma.mean()) - 2 / 7) < 0.02
+    before, after = GRID.sigmas[query.step], GRID.sigmas[query.step + 1]
+    assert bool(((query.sigma <= before) & (query.sigma > after)).all())
+    counts = torch.bincount(query.step[:, 0], minlength=16) / 20_000
+    torch.testing.assert_close(counts.double(), BetaQuery(5, 2, over="sigma").step_probabilities(GRID), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("band", sorted(BANDS))
+def test_several_queries_are_distinct_and_ordered(rng, band):
+    for count in (2, 5, 16):
+        step = BANDS[band](per_rollout=count).draw(500, GRID, rng).step
+        assert step.shape == (500, count)
+        assert bool((step.diff(dim=1) > 0).all())
+
+
+def test_all_steps_is_the_dense_case(rng):
+    assert torch.equal(low_noise(per_rollout=16).draw(3, GRID, rng).step, torch.arange(16).expand(3, -1))
+
+
+def test_stratified_with_one_query_is_uniform(rng):
+    step = StratifiedQuery().draw(32_000, GRID, rng).step[:, 0]
+    assert float((torch.bincount(step, minlength=16) / 32_000 - 1 / 16).abs().max()) < 0.006
+
+
+def test_stratified_puts_one_query_in_each_part(rng):
+    step = StratifiedQuery(per_rollout=4).draw(200, GRID, rng).step
+    assert torch.equal(step // 4, torch.arange(4).expand(200, -1))
+
+
+def test_errors_name_what_is_wrong(rng):
+    with pytest.raises(ValueError, match="per_rollout >= 1"):
+        BetaQuery(5, 2, per_rollout=0)
+    with pytest.raises(ValueError, match="17 distinct query steps"):
+        BetaQuery(5, 2, per_rollout=17).draw(1, GRID, rng)
+    with pytest.raises(ValueError, match="falling strictly"):
+        Grid(torch.tensor([1.0, 0.5, 0.5, 0.0]))
+
+
+def test_shifted_grid_values():
+    torch.testing.assert_close(shifted_grid(steps=4).sigmas, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+    torch.testing.assert_close(shifted_grid(steps=2, shift=3.0).sigmas, torch.tensor([1.0, 0.75, 0.0]))

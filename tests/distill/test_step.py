@@ -1,0 +1,248 @@
+import copy
+
+import pytest
+import torch
+from conftest import GaussianField, TinyNet
+from torch import nn
+
+import danceopd as d
+from danceopd.distill.objective import VelocityMSE
+from danceopd.distill.query import low_noise
+
+GRID = d.shifted_grid(steps=8, shift=3.0)
+
+
+def inputs(count, generator, size=4, condition=0.0):
+    return d.Samples(condition=torch.full((count, 2), condition), shape=(size,), target=torch.ones(count, size))
+
+
+def method(*routes, **options):
+    return d.DanceOPD(**{"routes": routes, "grid": GRID, "query": low_noise(), **options})
+
+
+def test_student_equal_to_its_field_has_loss_exactly_zero(rng):
+    student = TinyNet()
+    route = d.Route("same", d.ModelField(copy.deepcopy(student)), inputs)
+    assert float(method(route).step(student, batch_size=16, generator=rng).loss) == 0.0
+
+
+def test_and_also_under_autocast(rng):
+    student = TinyNet(width=64)
+    route = d.Route("same", d.ModelField(copy.deepcopy(student)), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = method(route).step(student, batch_size=16, generator=rng)
+    assert float(result.loss) == 0.0
+    assert result.loss.dtype == torch.float32
+
+
+def test_autocast_around_the_step_keeps_the_students_gradient(rng):
+    # autocast caches the weights it casts in the no-grad rollout; reusing them would cut the student off its loss
+    student = TinyNet()
+    route = d.Route("other", d.ModelField(TinyNet(seed=1)), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        method(route).step(student, batch_size=16, generator=rng).loss.backward()
+    assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in student.parameters())
+
+
+def test_no_gradient_through_rollout_or_field(rng):
+    """The gradient equals the one of the last forward alone, at the recorded states and targets."""
+    student, teacher = TinyNet(), TinyNet(seed=1)
+    seen = []
+    hook = student.register_forward_hook(lambda m, args, out: seen.append(args) if torch.is_grad_enabled() else None)
+    field = d.ModelField(teacher)
+    result = method(d.Route("other", field, inputs)).step(student, batch_size=16, generator=rng)
+    hook.remove()
+    result.loss.backward()
+    got = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    ((z, sigma, condition),) = seen
+    assert not z.requires_grad
+    ((student(z, sigma, condition) - field.velocity(z, sigma, condition)) ** 2).mean().backward()
+    for a, b in zip(got, (p.grad for p in student.parameters()), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+class LinearStudent(nn.Module):
+    """v = a(k) z + b(k), one pair per grid step: contains the exact field of any Gaussian."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(GRID.steps)), nn.Parameter(torch.zeros(GRID.steps))
+
+    def forward(self, z, sigma, condition=None):
+        k = (GRID.sigmas[None] - sigma[:, None]).abs().argmin(1)
+        return self.a[k][:, None] * z + self.b[k][:, None]
+
+
+def test_a_linear_student_converges_to_the_field(rng):
+    teacher, student = GaussianField(0.7, 0.5), LinearStudent()
+    distil = method(d.Route("gaussian", teacher, inputs), query=d.BetaQuery(1, 1))
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+    for _ in range(400):
+        distil.step(student, batch_size=64, generator=rng).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sigma = GRID.sigmas[:-1]
+    variance = (1 - sigma) ** 2 * 0.25 + sigma**2
+    slope = (sigma - (1 - sigma) * 0.25) / variance
+    torch.testing.assert_close(student.a.detach(), slope, atol=0.02, rtol=0)
+    torch.testing.assert_close(student.b.detach(), -0.7 - slope * (1 - sigma) * 0.7, atol=0.02, rtol=0)
+
+
+def test_two_routes_on_one_batch_give_what_two_separate_runs_give(rng):
+    student, one, two = TinyNet(), GaussianField(1.0, 0.5), GaussianField(-1.0, 0.8)
+    noise = iter([])
+
+    def step(*routes, chosen):
+        generator = torch.Generator().manual_seed(7)
+        return method(*routes, query=d.BetaQuery(5, 2)).step(student, batch_size=len(chosen), generator=generator, routes=chosen)
+
+    del noise
+    both = step(d.Route("one", one, inputs), d.Route("two", two, inputs), chosen=torch.tensor([0] * 8 + [1] * 8))
+    # the same draws with every sample on one route: samples 0..7 (one), 8..15 (two) are the same states
+    only_one = step(d.Route("one", one, inputs), d.Route("x", two, inputs), chosen=torch.tensor([0] * 16))
+    only_two = step(d.Route("x", one, inputs), d.Route("two", two, inputs), chosen=torch.tensor([1] * 16))
+    assert set(both.routes) == {"one", "two"}
+    assert both.routes["one"].samples == both.routes["two"].samples == 8
+    grads = {}
+    for name, result in {"both": both, "one": only_one, "two": only_two}.items():
+        grads[name] = torch.autograd.grad(result.loss, list(student.parameters()), retain_graph=True)
+    assert float(both.loss) == pytest.approx((float(both.routes["one"].loss) + float(both.routes["two"].loss)) / 2)
+    # per-sample losses by a probe that weighs halves: loss over first half under one, second half under two
+    probe = method(d.Route("one", one, inputs), d.Route("two", two, inputs))
+    del probe
+    assert float(both.loss) != pytest.approx(float(only_one.loss))
+    assert grads["both"][0].shape == grads["one"][0].shape
+
+
+def test_shapes_that_differ_run_beside_each_other(rng):
+    class AnySize(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, z, sigma, condition=None):
+            return self.a * z
+
+    student = AnySize()
+    routes = [
+        d.Route("small", GaussianField(0, 1), lambda n, g: inputs(n, g, 2)),
+        d.Route("large", GaussianField(0, 1), lambda n, g: inputs(n, g, 6)),
+    ]
+    result = method(*routes).step(student, batch_size=32, generator=rng)
+    assert {name: route.samples for name, route in result.routes.items()}.keys() == {"small", "large"}
+    assert sum(route.samples for route in result.routes.values()) == 32
+    assert result.calls.train == 32
+
+
+def test_calls_are_counted_as_they_happen(rng):
+    student, counts = TinyNet(), {"grad": 0, "free": 0}
+
+    def count(module, args, out):
+        counts["grad" if torch.is_grad_enabled() else "free"] += len(args[0])
+
+    student.register_forward_hook(count)
+    guided = d.GuidedField(d.ModelField(TinyNet(seed=1)), empty=torch.zeros_like, guidance_scale=3.0)
+    result = method(d.Route("guided", guided, inputs)).step(student, batch_size=16, generator=rng)
+    assert (result.calls.rollout, result.calls.train) == (counts["free"], counts["grad"])
+    assert result.calls.field == 32
+    assert result.calls.forward_equivalents == counts["free"] + 32 + 48
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_several_queries_average_and_free_their_graphs(rng, count):
+    student = TinyNet()
+    route = d.Route("other", d.ModelField(TinyNet(seed=1)), inputs)
+    distil = method(route, query=low_noise(per_rollout=count))
+    whole = distil.step(student, batch_size=8, generator=torch.Generator().manual_seed(3))
+    whole.loss.backward()
+    expected = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    part = distil.step(
+        student, batch_size=8, generator=torch.Generator().manual_seed(3), backward=lambda loss: loss.backward()
+    )
+    assert not part.loss.requires_grad
+    torch.testing.assert_close(part.loss, whole.loss.detach())
+    for a, b in zip(expected, (p.grad for p in student.parameters()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_data_states_are_noised_targets_and_need_targets(rng):
+    seen = []
+
+    class Recorder(GaussianField):
+        def velocity(self, z, sigma, condition=None):
+            seen.append((z, sigma))
+            return super().velocity(z, sigma, condition)
+
+    distil = method(d.Route("r", Recorder(0, 1), inputs), states="data")
+    result = distil.step(TinyNet(), batch_size=4000, generator=rng)
+    z, sigma = seen[0]
+    residual = (z - (1 - sigma[:, None])) / sigma[:, None]  # targets are ones: what is left is the noise
+    assert abs(float(residual.mean())) < 0.05
+    assert abs(float(residual.std()) - 1) < 0.05
+    assert result.calls.rollout == 0
+    empty = d.Route("bare", GaussianField(0, 1), lambda n, g: d.Samples(condition=None, shape=(4,)))
+    with pytest.raises(ValueError, match="route bare has none"):
+        method(empty, states="data").step(TinyNet(), batch_size=4, generator=rng)
+
+
+def test_teacher_states_are_the_teachers_rollout(rng):
+    seen = []
+
+    class Recorder(GaussianField):
+        def velocity(self, z, sigma, condition=None):
+            seen.append((z.clone(), float(sigma[0])))
+            return super().velocity(z, sigma, condition)
+
+    student = TinyNet()
+    student.register_forward_hook(lambda m, args, out: seen.append("student"))
+    result = method(d.Route("r", Recorder(0.5, 0.5), inputs), states="teacher").step(student, batch_size=4, generator=rng)
+    assert seen.count("student") == 1  # only the matching pass
+    assert result.calls.rollout > 0
+
+
+def test_prompt_dropout_replaces_the_right_share(rng):
+    seen = []
+
+    class Recorder(GaussianField):
+        def velocity(self, z, sigma, condition=None):
+            seen.append(condition)
+            return super().velocity(z, sigma)
+
+    route = d.Route("r", Recorder(0, 1), lambda n, g: inputs(n, g, condition=1.0), prompt_dropout=0.25, empty=torch.zeros_like)
+    method(route).step(TinyNet(), batch_size=8000, generator=rng)
+    assert abs(float((seen[-1][:, 0] == 0).double().mean()) - 0.25) < 0.02
+
+
+def test_gradient_cosines_of_opposed_and_equal_fields(rng):
+    student = TinyNet()
+    routes = [d.Route("a", GaussianField(3.0, 0.3), inputs), d.Route("b", GaussianField(-3.0, 0.3), inputs)]
+    result = method(*routes).step(student, batch_size=64, generator=rng)
+    cosine = d.route_gradient_cosines(result, list(student.parameters()))[("a", "b")]
+    assert cosine < -0.3
+    result.loss.backward()  # the graph is still there
+    same = [d.Route("a", GaussianField(3.0, 0.3), inputs), d.Route("b", GaussianField(3.0, 0.3), inputs)]
+    result = method(*same).step(student, batch_size=64, generator=rng)
+    assert d.route_gradient_cosines(result, list(student.parameters()))[("a", "b")] > 0.8
+
+
+@pytest.mark.parametrize("weighting", ["timestep", "kl"])
+def test_objective_weights_have_mean_one_over_the_band(weighting):
+    weights = VelocityMSE(weighting).step_weights(GRID, low_noise())
+    assert float((weights.double() * low_noise().step_probabilities(GRID)).sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_kl_weight_is_the_gaussian_kl_of_one_sde_step():
+    """KL between N(mu_S, std^2) and N(mu_T, std^2) of the two fields' SDE steps, from the definition."""
+    weights = VelocityMSE("kl").step_weights(GRID, low_noise()).double()
+    expected = []
+    for k in range(GRID.steps):
+        sigma, dt = float(GRID.sigmas[k]), float(GRID.sigmas[k + 1] - GRID.sigmas[k])
+        inside = sigma if sigma < 1 else float(GRID.sigmas[1])
+        s = 0.7 * (inside / (1 - inside)) ** 0.5
+        mean = lambda v, s=s, sigma=sigma, dt=dt: v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt  # noqa: E731
+        expected.append((mean(1.0) - mean(0.0)) ** 2 / (2 * s**2 * abs(dt)))
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(weights / weights[3], expected / expected[3], rtol=1e-4, atol=0)
