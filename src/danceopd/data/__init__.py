@@ -1,0 +1,1 @@
+"""Training inputs: manifests, generated examples, and one seeded bucket per route."""

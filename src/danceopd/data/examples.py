@@ -1,0 +1,78 @@
+"""One training input, and where they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt, and for an edit its source image. Images are float32 [3, H, W] in [-1, 1].
+
+    target: the image wanted, where it is known; only ``states: data`` needs it.
+    """
+
+    prompt: str
+    source: Tensor | None = None
+    target: Tensor | None = None
+
+
+class ExampleSource(Protocol):
+    """A finite, indexable set of examples; the same index always gives the same example."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Bucket:
+    """Seeded endless passes over a source: a new permutation each epoch, nothing repeated within one.
+
+    Raises:
+        ValueError: if the source is empty.
+    """
+
+    def __init__(self, source: ExampleSource, *, seed: int) -> None:
+        if len(source) == 0:
+            raise ValueError("a route needs at least one training example")
+        self.source = source
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        self._order = self._permutation()
+
+    def draw(self, count: int) -> list[Example]:
+        """The next ``count`` examples."""
+        drawn = []
+        for _ in range(count):
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._permutation()
+            drawn.append(self.source[int(self._order[self.position])])
+            self.position += 1
+        return drawn
+
+    def state(self) -> dict[str, int]:
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "size": len(self.source)}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ValueError: if the state is of another seed or of a source of another size.
+        """
+        if (state["seed"], state["size"]) != (self.seed, len(self.source)):
+            raise ValueError(
+                f"the data changed since the checkpoint: it had seed {state['seed']} and {state['size']} examples, "
+                f"now seed {self.seed} and {len(self.source)}"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._permutation()
+
+    def _permutation(self) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return torch.randperm(len(self.source), generator=generator)

@@ -1,0 +1,1 @@
+"""How well a model does what it is asked: scores with intervals, from fresh scenes and the same noise for all."""

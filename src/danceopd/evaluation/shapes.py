@@ -1,0 +1,170 @@
+"""Evaluation on the Shapes world: the six text-to-image tasks, the six edit types and the realism reward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from danceopd.data.manifest import write_image_file
+from danceopd.distill.solver import VelocityFunction, integrate
+from danceopd.evaluation.statistics import overall_estimate, ratio_estimate, task_estimate
+from danceopd.families.family import Family
+from danceopd.recipe import EvaluatePart
+from danceopd.states import concatenate
+from danceopd.world.generator import evaluation_set
+from danceopd.world.render import render
+from danceopd.world.tasks import EDIT_TASKS, T2I_TASKS, Edit, TextToImage
+from danceopd.world.verify import realism_reward, score_edit, score_text_to_image
+
+CAPABILITIES: dict[str, tuple[str, ...]] = {"t2i": T2I_TASKS, "edit": EDIT_TASKS}
+_NOISE_SEED = 77_000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model on one capability. scores [tasks, n]; realism [tasks, n] or None; shown: first image of each task."""
+
+    scores: np.ndarray
+    realism: np.ndarray | None
+    shown: Tensor
+
+
+def guided(velocity: VelocityFunction, family: Family, guidance_scale: float) -> VelocityFunction:
+    """``velocity`` under external guidance; 1 leaves it alone."""
+    if guidance_scale == 1.0:
+        return velocity
+
+    def both(z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+        doubled = concatenate([condition, family.empty(condition)])
+        v = velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), doubled).float()
+        return family.guide(*v.chunk(2), guidance_scale)
+
+    return both
+
+
+@torch.no_grad()
+def score_model(
+    velocity: VelocityFunction,
+    family: Family,
+    capability: str,
+    part: EvaluatePart,
+    *,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Scored:
+    """Sample every evaluation scene of a capability and score it. Scenes and noise depend on ``part.seed`` alone."""
+    tasks = CAPABILITIES[capability]
+    examples = evaluation_set(tasks, per_task=part.scenes_per_task, seed=part.seed)
+    generator = torch.Generator().manual_seed(_NOISE_SEED + part.seed)
+    noise = torch.randn(len(examples), 3, 32, 32, generator=generator)
+    grid = family.grid(part.num_inference_steps, part.shift)
+    images = []
+    for first in range(0, len(examples), part.batch_size):
+        chunk = examples[first : first + part.batch_size]
+        condition = condition_of(chunk, family)
+        z = noise[first : first + len(chunk)].to(condition.prompt_embeds.device)
+        latents = integrate(guided(velocity, family, part.guidance_scale), z, condition, grid)
+        images.append(family.decode(latents).cpu())
+        on_batch(len(chunk))
+    drawn = torch.cat(images)
+    pairs = list(zip(drawn.numpy(), examples, strict=True))
+    shape = (len(tasks), part.scenes_per_task)
+    realism = None
+    if capability == "t2i":
+        realism = np.array([realism_reward(image) for image, _ in pairs]).reshape(shape)
+    scores = np.array([_score(image, example) for image, example in pairs]).reshape(shape)
+    return Scored(scores, realism, drawn[:: part.scenes_per_task])
+
+
+def condition_of(examples: Sequence[TextToImage | Edit], family: Family):
+    """The condition of evaluation examples of one kind."""
+    if isinstance(examples[0], TextToImage):
+        return family.encode([example.prompt for example in examples if isinstance(example, TextToImage)], None)
+    edits = [example for example in examples if isinstance(example, Edit)]
+    sources = [torch.from_numpy(render(edit.source)) for edit in edits]
+    return family.encode([edit.instruction for edit in edits], sources)
+
+
+def _score(image: np.ndarray, example: TextToImage | Edit) -> float:
+    if isinstance(example, TextToImage):
+        return score_text_to_image(image, example)
+    return score_edit(image, example).overall
+
+
+def evaluate_models(
+    models: dict[str, VelocityFunction],
+    family: Family,
+    part: EvaluatePart,
+    *,
+    capabilities: Sequence[str] = ("t2i", "edit"),
+    pictures: Path | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Score every model on every capability; the content of ``evaluation.json``.
+
+    ``models.NAME.CAPABILITY`` maps tasks and ``overall`` to scores; ``intervals`` has the same shape with
+    [low, high]; ``student_over`` gives the student's overall over each other model's, paired by scene.
+    """
+    started = time.monotonic()
+    rng = np.random.default_rng(part.seed)
+    report: dict[str, Any] = {
+        "models": {name: {} for name in models},
+        "intervals": {name: {} for name in models},
+        "student_over": {},
+        "scenes_per_task": part.scenes_per_task,
+        "num_inference_steps": part.num_inference_steps,
+        "guidance_scale": part.guidance_scale,
+        "seed": part.seed,
+        "seconds": {},
+    }
+    shown: list[dict[str, Any]] = []
+    for capability in capabilities:
+        tasks = CAPABILITIES[capability]
+        scored = {}
+        for name, velocity in models.items():
+            began = time.monotonic()
+            scored[name] = score_model(velocity, family, capability, part, on_batch=on_batch)
+            report["seconds"][f"{capability}/{name}"] = round(time.monotonic() - began, 2)
+            estimates = {task: task_estimate(row) for task, row in zip(tasks, scored[name].scores, strict=True)}
+            estimates["overall"] = overall_estimate(scored[name].scores, rng)
+            report["models"][name][capability] = {task: round(e.value, 4) for task, e in estimates.items()}
+            report["intervals"][name][capability] = {
+                task: [round(e.low, 4), round(e.high, 4)] for task, e in estimates.items()
+            }
+            realism = scored[name].realism
+            if realism is not None:
+                report["models"][name]["realism_reward"] = round(float(realism.mean()), 4)
+        for name in models:
+            if name != "student" and "student" in models:
+                ratio = ratio_estimate(scored["student"].scores, scored[name].scores, rng)
+                entry = None if ratio is None else {key: round(v, 4) for key, v in asdict(ratio).items()}
+                report["student_over"].setdefault(name, {})[capability] = entry
+        if pictures is not None:
+            shown += _write_pictures(pictures, capability, scored, part)
+    report["seconds"]["evaluation"] = round(time.monotonic() - started, 2)
+    report["shown"] = shown
+    return report
+
+
+def _write_pictures(folder: Path, capability: str, scored: dict[str, Scored], part: EvaluatePart) -> list[dict]:
+    """The first scene of each task, as every model draws it; where the files are, with the words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, task in enumerate(CAPABILITIES[capability]):
+        example = evaluation_set([task], per_task=1, seed=part.seed)[0]
+        files: dict[str, str] = {}
+        if isinstance(example, Edit):
+            files["source"] = f"{task}-source.png"
+            write_image_file(folder / files["source"], torch.from_numpy(render(example.source)))
+        for name, result in scored.items():
+            files[name] = f"{task}-{name}.png"
+            write_image_file(folder / files[name], result.shown[index])
+        text = example.instruction if isinstance(example, Edit) else example.prompt
+        rows.append({"capability": capability, "task": task, "text": text, "files": files})
+    return rows

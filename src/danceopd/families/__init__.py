@@ -1,0 +1,1 @@
+"""Who is taught: one file per model family, all behind one Protocol."""

@@ -1,0 +1,77 @@
+"""What the rest of danceopd needs to know of a model family, and nothing more.
+
+A family translates: prompts and images to conditions, its own conventions to the canonical velocity, latents to
+images. No training method is visible from here, and no family is visible from the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from danceopd.data.examples import Example, ExampleSource
+from danceopd.distill.schedule import Grid
+from danceopd.states import Condition, Samples
+
+
+class Family(Protocol):
+    """One model family, loaded."""
+
+    name: str
+    can_edit: bool
+    lora_targets: tuple[str, ...]
+    default_shift: float
+
+    @property
+    def model(self) -> nn.Module:
+        """``model(z, sigma, condition) -> v``, holding ``network``."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """The module whose weights checkpoints and adapters are about."""
+        ...
+
+    def new_model(self) -> nn.Module:
+        """A second model with the base's weights, sharing nothing with the first."""
+        ...
+
+    def resolve(self, reference: str) -> Path:
+        """The weight file that a recipe's reference (``family:name`` or a path) means."""
+        ...
+
+    def generator(self, name: str, *, size: int, seed: int) -> ExampleSource:
+        """Generated training inputs, where the family has any."""
+        ...
+
+    def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Condition:
+        """Prompts (and source images [3, H, W] in [-1, 1]) as a condition on the family's device."""
+        ...
+
+    def empty(self, condition: Condition, negative_prompt: str = "") -> Condition:
+        """The condition under the empty (or a negative) prompt; the source image stays."""
+        ...
+
+    def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
+        """The family's guidance operation."""
+        ...
+
+    def samples(self, examples: Sequence[Example]) -> Samples:
+        """Training inputs of one shape signature, encoded."""
+        ...
+
+    def grid(self, steps: int, shift: float | None = None) -> Grid:
+        """The family's own sigma grid."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents as images [B, 3, H, W] in [-1, 1]."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to a device."""
+        ...

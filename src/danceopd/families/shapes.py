@@ -1,0 +1,134 @@
+"""The Shapes world as a model family: pixels are its latents, so encoding and decoding are the identity."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from danceopd.data.examples import Example, ExampleSource
+from danceopd.distill.schedule import Grid, shifted_grid
+from danceopd.fields.guidance import linear_guidance
+from danceopd.fields.teachers import CheckpointError, load_checkpoint
+from danceopd.states import Condition, Samples
+from danceopd.world.generator import GeneratedExamples
+from danceopd.world.network import LORA_TARGETS, ShapesTransformer
+from danceopd.world.render import IMAGE_SIZE
+from danceopd.world.text import TextEncoder, tokenize
+
+WEIGHTS = Path(__file__).parent.parent / "world" / "weights"
+SOURCES = ("base", "edit", "local", "global", "realism")
+
+
+class ShapesModel(nn.Module):
+    """The network behind the canonical call."""
+
+    def __init__(self, network: ShapesTransformer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        return self.network(z, sigma, condition.prompt_embeds, condition.pooled_embeds, condition.source)
+
+
+class ShapesFamily:
+    """See ``Family``. ``base`` is a reference to the base weights.
+
+    weights: the folder of the shipped sources and the text encoder.
+    """
+
+    name = "shapes"
+    can_edit = True
+    lora_targets = LORA_TARGETS
+    default_shift = 1.0
+
+    def __init__(self, base: str = "shapes:base", *, weights: Path = WEIGHTS) -> None:
+        self.weights = weights
+        self.device = torch.device("cpu")
+        self.encoder = TextEncoder()
+        load_checkpoint(self.encoder, weights / "text.safetensors")
+        self.encoder.requires_grad_(False).eval()
+        network = ShapesTransformer()
+        load_checkpoint(network, self.resolve(base))
+        self._model = ShapesModel(network).eval()
+        self._base = {name: weight.clone() for name, weight in network.state_dict().items()}
+        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def model(self) -> ShapesModel:
+        return self._model
+
+    @property
+    def network(self) -> ShapesTransformer:
+        return self._model.network
+
+    def new_model(self) -> ShapesModel:
+        network = ShapesTransformer()
+        network.load_state_dict(copy.deepcopy(self._base))
+        return ShapesModel(network).to(self.device).eval()
+
+    def resolve(self, reference: str) -> Path:
+        if reference.startswith("shapes:"):
+            name = reference.removeprefix("shapes:")
+            if name not in SOURCES:
+                raise CheckpointError(f"unknown shipped source {reference!r}; known: {', '.join(SOURCES)}")
+            return self.weights / f"{name}.safetensors"
+        return Path(reference)
+
+    def generator(self, name: str, *, size: int, seed: int) -> ExampleSource:
+        return GeneratedExamples(name, size=size, seed=seed)
+
+    def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None = None) -> Condition:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if new:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                tokens, pooled = self.encoder(tokenize(new).to(self.device))
+            self._embeddings.update(zip(new, zip(tokens, pooled, strict=True), strict=True))
+        rows = [self._embeddings[prompt] for prompt in prompts]
+        source = None
+        if sources is not None:
+            for index, image in enumerate(sources):
+                if image.shape != (3, IMAGE_SIZE, IMAGE_SIZE):
+                    raise ValueError(f"source image {index} has shape {tuple(image.shape)}, needed (3, 32, 32)")
+            source = torch.stack(list(sources)).to(self.device)
+        return Condition(
+            prompt_embeds=torch.stack([row[0] for row in rows]),
+            pooled_embeds=torch.stack([row[1] for row in rows]),
+            source=source,
+        )
+
+    def empty(self, condition: Condition, negative_prompt: str = "") -> Condition:
+        count = len(condition.prompt_embeds)
+        blank = self.encode([negative_prompt] * count)
+        return Condition(
+            prompt_embeds=blank.prompt_embeds, pooled_embeds=blank.pooled_embeds, source=condition.source
+        )
+
+    def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
+        return linear_guidance(conditional, empty, guidance_scale)
+
+    def samples(self, examples: Sequence[Example]) -> Samples:
+        sources = [example.source for example in examples if example.source is not None]
+        if sources and len(sources) != len(examples):
+            raise ValueError("examples with and without a source image cannot share a batch")
+        targets = [example.target for example in examples if example.target is not None]
+        return Samples(
+            condition=self.encode([example.prompt for example in examples], sources or None),
+            shape=(3, IMAGE_SIZE, IMAGE_SIZE),
+            target=torch.stack(targets).to(self.device) if len(targets) == len(examples) else None,
+        )
+
+    def grid(self, steps: int, shift: float | None = None) -> Grid:
+        return shifted_grid(steps=steps, shift=self.default_shift if shift is None else shift)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.clamp(-1, 1)
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.encoder.to(device)
+        self._model.to(device)
+        self._embeddings.clear()

@@ -1,0 +1,316 @@
+"""The recipe: what a run is, in one strict, versioned YAML file.
+
+Every key is documented where it stands. Unknown keys fail with the nearest known one; nothing is silently ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from danceopd.distill.objective import OBJECTIVES
+from danceopd.distill.query import BANDS
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be used; the message names the file, the key, what was found and what is needed."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _number(**limits: Any) -> Any:
+    return Field(strict=False, allow_inf_nan=False, **limits)
+
+
+class FieldPart(_Part):
+    """A frozen velocity field. Exactly one of base, lora, checkpoint and mixture says what it is."""
+
+    base: bool = Field(False, description="The base model itself.")
+    lora: str | None = Field(None, description="A LoRA over the base: FAMILY:NAME or a safetensors file.")
+    lora_scale: float = _number(default=1.0, gt=0, description="Factor on the LoRA's strength.")
+    checkpoint: str | None = Field(None, description="A full checkpoint: FAMILY:NAME or a safetensors file.")
+    mixture: tuple[str, ...] | None = Field(None, strict=False, description="Soft mixing (ablation): fields to average.")
+    guidance_scale: float = _number(default=1.0, ge=0, description="Classifier-free guidance alpha; 1 is none.")
+    negative_prompt: str = Field("", description="The prompt of the guidance's empty condition.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FieldPart:
+        given = [self.base, self.lora is not None, self.checkpoint is not None, self.mixture is not None]
+        if sum(given) != 1:
+            raise ValueError("needs exactly one of 'base: true', 'lora', 'checkpoint' and 'mixture'")
+        return self
+
+
+class LoraPart(_Part):
+    """The student's LoRA."""
+
+    rank: int = Field(32, ge=1, description="LoRA rank.")
+    alpha: float = _number(default=32.0, gt=0, description="LoRA alpha; the delta is scaled by alpha / rank.")
+    targets: tuple[str, ...] | None = Field(None, strict=False, description="Module names; the family's by default.")
+
+
+class StudentPart(_Part):
+    """What is trained, and what it starts from."""
+
+    init: str = Field("base", description="'base', or the name of a LoRA field to start from.")
+    init_mode: Literal["trainable", "merged"] = Field(
+        "trainable",
+        description="With a LoRA init: go on training that LoRA, or keep it frozen under a new one.",
+    )
+    lora: LoraPart | None = Field(LoraPart(), description="The student's LoRA; null trains all weights.")
+
+
+class DataPart(_Part):
+    """One route's training inputs: a generator or a JSONL manifest."""
+
+    generator: str | None = Field(None, description="A family's generator, such as shapes/t2i.")
+    manifest: str | None = Field(None, description="A JSONL file, relative to the recipe.")
+    size: int = Field(20_000, ge=1, description="Number of generated training inputs.")
+    seed: int = Field(0, ge=0, description="Seed of the generated inputs; the same for all methods compared.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataPart:
+        if (self.generator is None) == (self.manifest is None):
+            raise ValueError("needs exactly one of 'generator' and 'manifest'")
+        return self
+
+
+class RoutePart(_Part):
+    """A field and the data it teaches on."""
+
+    field: str = Field(description="Name of the field.")
+    name: str | None = Field(None, description="The route's name in logs; the field's by default.")
+    data: DataPart
+    weight: float = _number(default=1.0, gt=0, description="Relative share of the samples.")
+    prompt_dropout: float | None = Field(
+        None, ge=0, le=1, description="Share of empty-condition samples; 0.1 by default on guided fields, else 0."
+    )
+
+
+class RoutingPart(_Part):
+    """How samples get their route; always hard."""
+
+    per: Literal["sample", "step"] = Field("sample", description="Draw a route per sample or per optimiser update.")
+    stratified: bool = Field(False, description="Per sample: hold each route's share exactly, up to rounding.")
+
+
+class RolloutPart(_Part):
+    """The student's rollout."""
+
+    num_inference_steps: int = Field(16, ge=2, description="Steps N of the full grid.")
+    shift: float | None = Field(None, gt=0, description="Shift of the sigma grid; the family's by default.")
+
+
+class QueryPart(_Part):
+    """Which state of the rollout is matched."""
+
+    over: Literal["step", "sigma"] = Field("step", description="Lay the band over steps or over sigma.")
+    band: str = Field("low_noise", description=f"One of {', '.join(BANDS)}.")
+    per_rollout: int = Field(1, ge=1, description="States K per rollout.")
+    states: Literal["student", "teacher", "data"] = Field(
+        "student", description="Whose states: the student's (on-policy), the teacher's, or noised data."
+    )
+
+    @model_validator(mode="after")
+    def _known_band(self) -> QueryPart:
+        if self.band not in BANDS:
+            raise ValueError(f"unknown band {self.band!r}{_nearest(self.band, BANDS)}; known: {', '.join(BANDS)}")
+        return self
+
+
+class TrainPart(_Part):
+    """The optimiser and its loop."""
+
+    steps: int = Field(200, ge=1, description="Optimiser updates.")
+    batch_size: int = Field(32, ge=1, description="Samples per update.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per update; batch_size is their sum.")
+    learning_rate: float = _number(default=1e-3, gt=0, description="AdamW's peak learning rate.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    lr_warmup_steps: int = Field(10, ge=0, description="Updates of linear warm-up.")
+    weight_decay: float = _number(default=0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = _number(default=1.0, gt=0, description="Gradient norm is clipped to this.")
+    ema_decay: float = _number(default=0.98, ge=0, lt=1, description="Averaging of the student's weights; 0 for none.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto measures which is faster here.")
+    seed: int = Field(0, ge=0, description="Seed of routes, queries, noise, data order and initialisation.")
+    checkpointing_steps: int = Field(50, ge=1, description="Updates between checkpoints.")
+    checkpoints_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    sample_steps: int = Field(100, ge=0, description="Updates between sample grids; 0 for none.")
+    gradient_cosine_steps: int = Field(0, ge=0, description="Updates between route-gradient cosines; 0 for never.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainPart:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        return self
+
+
+class EvaluatePart(_Part):
+    """How the finished student is measured."""
+
+    num_inference_steps: int = Field(16, ge=1, description="Sampler steps.")
+    shift: float | None = Field(None, gt=0, description="Shift of the sampler's grid; the family's by default.")
+    scenes_per_task: int = Field(40, ge=2, description="Fresh scenes per task.")
+    guidance_scale: float = _number(default=1.0, ge=0, description="Guidance of every model evaluated; 1 is none.")
+    seed: int = Field(0, ge=0, description="Seed of the evaluation scenes and their noise.")
+    batch_size: int = Field(60, ge=1, description="Images sampled at once.")
+
+
+class Recipe(_Part):
+    """A whole run."""
+
+    version: Literal[1] = Field(description="Version of this format.")
+    family: str = Field(description="Model family.")
+    base: str = Field(description="Base weights: FAMILY:NAME or a safetensors file.")
+    fields: dict[str, FieldPart] = Field(min_length=1, description="Frozen fields by name.")
+    student: StudentPart = StudentPart()
+    routes: tuple[RoutePart, ...] = Field(min_length=1, strict=False, description="One entry per capability.")
+    routing: RoutingPart = RoutingPart()
+    rollout: RolloutPart = RolloutPart()
+    query: QueryPart = QueryPart()
+    objective: str = Field("velocity_mse", description=f"One of {', '.join(OBJECTIVES)}.")
+    train: TrainPart = TrainPart()
+    evaluate: EvaluatePart = EvaluatePart()
+    output: str = Field(description="Run folder.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"unknown objective {self.objective!r}{_nearest(self.objective, OBJECTIVES)}; "
+                f"known: {', '.join(OBJECTIVES)}"
+            )
+        for index, route in enumerate(self.routes):
+            if route.field not in self.fields:
+                raise ValueError(
+                    f"routes.{index}.field: there is no field {route.field!r}{_nearest(route.field, self.fields)}; "
+                    f"fields: {', '.join(self.fields)}"
+                )
+        names = [route.name or route.field for route in self.routes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"routes need different names, found {', '.join(names)}")
+        for name, part in self.fields.items():
+            for member in part.mixture or ():
+                if member not in self.fields or self.fields[member].mixture is not None:
+                    raise ValueError(f"fields.{name}.mixture: {member!r} is not a plain field of this recipe")
+        init = self.student.init
+        if init != "base" and (init not in self.fields or self.fields[init].lora is None):
+            raise ValueError(f"student.init: {init!r} is neither 'base' nor the name of a LoRA field")
+        if self.query.per_rollout > self.rollout.num_inference_steps:
+            raise ValueError(
+                f"query.per_rollout {self.query.per_rollout} exceeds rollout.num_inference_steps "
+                f"{self.rollout.num_inference_steps}"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, apply ``a.b=c`` overrides (values in YAML), and validate it whole.
+
+    Raises:
+        RecipeError: for a missing file, broken YAML, or any key or value that does not fit.
+    """
+    if not path.is_file():
+        raise RecipeError(f"recipe not found: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold a mapping of keys, found {type(content).__name__}")
+    for override in overrides or []:
+        _override(content, override)
+    recipe = parse_recipe(content, where=str(path))
+    routes = tuple(_with_absolute_manifest(route, path.parent) for route in recipe.routes)
+    return recipe.model_copy(update={"routes": routes})
+
+
+def _with_absolute_manifest(route: RoutePart, folder: Path) -> RoutePart:
+    if route.data.manifest is None:
+        return route
+    manifest = str((folder / route.data.manifest).resolve())
+    return route.model_copy(update={"data": route.data.model_copy(update={"manifest": manifest})})
+
+
+def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
+    """Validate a recipe's content; ``where`` names it in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out, as YAML that loads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--set needs KEY=VALUE, found {text!r}")
+    *parents, last = key.split(".")
+    here: Any = content
+    for parent in parents:
+        if isinstance(here, list) and parent.isdigit() and int(parent) < len(here):
+            here = here[int(parent)]
+        elif isinstance(here, dict):
+            if here.get(parent) is None:
+                here[parent] = {}
+            here = here[parent]
+        else:
+            raise RecipeError(f"--set {text}: {parent!r} is not a part of the recipe")
+    parsed = yaml.safe_load(value)
+    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = parsed
+    elif isinstance(here, dict):
+        here[last] = parsed
+    else:
+        raise RecipeError(f"--set {text}: {last!r} is not a part of the recipe")
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        return f"unknown key {place!r}{_nearest(str(item['loc'][-1]), known)}; known here: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"missing key {place!r}"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(item["input"], dict | Recipe) or item["type"] == "value_error" else f", found {item['input']!r}"
+    return f"{place + ': ' if place else ''}{message}{shown}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the recipe part at a location."""
+    parts: dict[str, type[BaseModel]] = {
+        "fields": FieldPart,
+        "student": StudentPart,
+        "lora": LoraPart,
+        "routes": RoutePart,
+        "data": DataPart,
+        "routing": RoutingPart,
+        "rollout": RolloutPart,
+        "query": QueryPart,
+        "train": TrainPart,
+        "evaluate": EvaluatePart,
+    }
+    if not location:
+        return list(Recipe.model_fields)
+    if location[0] == "fields":
+        return list(FieldPart.model_fields)
+    named = [str(part) for part in location if str(part) in parts]
+    return list(parts[named[-1]].model_fields) if named else []
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,123 @@
+"""``report.html``: one self-contained page about one run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from danceopd.training.run_folder import RunFolder
+
+COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8e6bb0", "#b8860b", "#5c6b73")
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write the page from ``recipe.yaml``, ``metrics.jsonl``, ``evaluation.json`` and ``samples/``."""
+    evaluation = json.loads(folder.evaluation_file.read_text())
+    page = Environment(loader=PackageLoader("danceopd.report"), autoescape=select_autoescape()).get_template("run.html")
+    html = page.render(
+        title=folder.path.name,
+        evaluation=evaluation,
+        tables=[_table(evaluation, capability) for capability in _capabilities(evaluation)],
+        verdicts=_verdicts(evaluation),
+        columns=["source", *evaluation["models"]],
+        rows=[_picture_row(folder, row) for row in evaluation["shown"]],
+        loss_plot=_loss_plot(folder.metrics()),
+        score_plot=_score_plot(evaluation),
+        recipe=folder.recipe_file.read_text(),
+    )
+    aside = folder.report_file.with_suffix(".tmp")
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(folder.report_file)
+    return folder.report_file
+
+
+def _capabilities(evaluation: dict[str, Any]) -> list[str]:
+    first = next(iter(evaluation["models"].values()))
+    return [name for name, value in first.items() if isinstance(value, dict)]
+
+
+def _table(evaluation: dict[str, Any], capability: str) -> dict[str, Any]:
+    models = list(evaluation["models"])
+    tasks = list(evaluation["models"][models[0]][capability])
+    rows = []
+    for task in tasks:
+        cells = []
+        for model in models:
+            low, high = evaluation["intervals"][model][capability][task]
+            cells.append({"score": evaluation["models"][model][capability][task], "low": low, "high": high})
+        rows.append({"task": task, "cells": cells})
+    return {"capability": capability, "models": models, "rows": rows}
+
+
+def _verdicts(evaluation: dict[str, Any]) -> list[str]:
+    """What the student keeps of each source, on the capability that the source is better at."""
+    words = {"t2i": "text-to-image", "edit": "editing"}
+    lines = []
+    for name, ratios in evaluation["student_over"].items():
+        for capability, ratio in ratios.items():
+            if ratio is None:
+                continue
+            lines.append(
+                f"{words[capability]}: the student scores {ratio['value']:.2f} x {name} "
+                f"(95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
+            )
+    return lines
+
+
+def _picture_row(folder: RunFolder, row: dict[str, Any]) -> dict[str, Any]:
+    root = folder.samples / "evaluation"
+    pictures = {name: _data_url((root / file).read_bytes()) for name, file in row["files"].items()}
+    return {"task": row["task"], "text": row["text"], "pictures": pictures}
+
+
+def _loss_plot(metrics: list[dict[str, Any]]) -> str:
+    figure, axes = plt.subplots(figsize=(6.4, 3.2))
+    routes = sorted({key for line in metrics for key in line if key.startswith("loss/")})
+    for color, key in zip(COLORS, routes, strict=False):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        steps, losses = (np.array(values) for values in zip(*points, strict=True))
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        window = max(1, len(losses) // 20)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color=color, label=key.removeprefix("loss/"))
+    axes.set(xlabel="optimiser update", ylabel="velocity MSE", yscale="log")
+    axes.legend(frameon=False)
+    return _figure_url(figure)
+
+
+def _score_plot(evaluation: dict[str, Any]) -> str:
+    """Text-to-image against editing, every model a point with its intervals."""
+    figure, axes = plt.subplots(figsize=(4.6, 3.6))
+    for color, (model, scores) in zip(COLORS, evaluation["models"].items(), strict=False):
+        x, y = scores["t2i"]["overall"], scores["edit"]["overall"]
+        spans = [evaluation["intervals"][model][capability]["overall"] for capability in ("t2i", "edit")]
+        (x_low, x_high), (y_low, y_high) = spans
+        axes.errorbar(
+            x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="o", color=color, capsize=3
+        )
+        axes.annotate(model, (x, y), textcoords="offset points", xytext=(6, 6), color=color)
+    axes.set(xlabel="text-to-image score", ylabel="edit score", xlim=(-0.03, 1.06), ylim=(-0.03, 1.06))
+    return _figure_url(figure)
+
+
+def _figure_url(figure) -> str:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return _data_url(buffer.getvalue())
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,216 @@
+"""From a recipe to live values: family, fields, routes, student. Everything that can be wrong is found here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from danceopd.data.examples import Bucket, ExampleSource
+from danceopd.data.manifest import Manifest
+from danceopd.distill.objective import OBJECTIVES
+from danceopd.distill.query import BANDS
+from danceopd.distill.routing import Route
+from danceopd.distill.step import DanceOPD
+from danceopd.families.family import Family
+from danceopd.families.shapes import ShapesFamily
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, Lora, combined
+from danceopd.fields.field import ModelField, VelocityField
+from danceopd.fields.guidance import GuidedField
+from danceopd.fields.mixture import MixtureField
+from danceopd.fields.teachers import file_hash, load_checkpoint, load_lora, merge_lora
+from danceopd.recipe import FieldPart, Recipe, RecipeError, RoutePart
+from danceopd.states import Samples
+
+FAMILIES: dict[str, Callable[[str], Family]] = {"shapes": ShapesFamily}
+STUDENT, START = "student", "student_start"
+"""Adapter names on the shared backbone: the trained one, and the frozen one it may stand on."""
+
+
+class RouteSamples:
+    """A bucket behind a route: draws examples in the bucket's own order and encodes them."""
+
+    def __init__(self, bucket: Bucket, family: Family) -> None:
+        self.bucket, self.family = bucket, family
+
+    def __call__(self, count: int, generator: torch.Generator) -> Samples:
+        return self.family.samples(self.bucket.draw(count))
+
+
+class Student:
+    """What is trained: a LoRA on the fields' own backbone, or a network of its own.
+
+    ``model(z, sigma, condition)`` is the student outside every field's call.
+    """
+
+    def __init__(self, recipe: Recipe, family: Family, backbone: AdapterBackbone, start: Lora | None) -> None:
+        part = recipe.student
+        self.start = start if part.lora is None or part.init_mode == "merged" else None
+        """The LoRA that stands, frozen or merged, under what is trained."""
+        self._backbone = backbone
+        self._lora = part.lora
+        if part.lora is None:
+            self.model = family.new_model()
+            network = self.model.get_submodule("network")
+            if start is not None:
+                merge_lora(network, start)
+            self.network = network
+            network.requires_grad_(True)
+            self.parameters: dict[str, nn.Parameter] = dict(network.named_parameters())
+            return
+        self.model, self.network = family.model, family.network
+        if self.start is not None:
+            backbone.add(START, self.start)
+        backbone.create(
+            STUDENT,
+            rank=part.lora.rank,
+            alpha=part.lora.alpha,
+            targets=part.lora.targets or family.lora_targets,
+            generator=torch.Generator().manual_seed(recipe.train.seed),
+            start=start if part.init_mode == "trainable" else None,
+        )
+        backbone.activate(*([START] if self.start is not None else []), STUDENT)
+        self.parameters = dict(backbone.named_parameters(STUDENT))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights as they export: a LoRA's under PEFT's keys, or the whole network's."""
+        return self._backbone.state(STUDENT) if self._lora is not None else dict(self.network.state_dict())
+
+    def lora(self) -> Lora | None:
+        """The student as one LoRA over the ORIGINAL base, whatever it started from; None for a full student."""
+        if self._lora is None:
+            return None
+        own = {name: weight.detach().clone().float().cpu() for name, weight in self.weights().items()}
+        trained = Lora(rank=self._lora.rank, alpha=self._lora.alpha, weights=own)
+        return trained if self.start is None else combined([(self.start, 1.0), (trained, 1.0)])
+
+    @contextmanager
+    def using(self, weights: list[torch.Tensor] | None) -> Iterator[None]:
+        """The student under other trained weights (its EMA), put back afterwards."""
+        if weights is None:
+            yield
+            return
+        live = [parameter.detach().clone() for parameter in self.parameters.values()]
+        _copy(self.parameters, weights)
+        try:
+            yield
+        finally:
+            _copy(self.parameters, live)
+
+
+def _copy(parameters: dict[str, nn.Parameter], values: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters.values(), values, strict=True):
+            parameter.copy_(value)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A recipe made live. ``hashes``: SHA-256 of every weight file by the reference that the recipe gives."""
+
+    recipe: Recipe
+    family: Family
+    base: VelocityField
+    fields: dict[str, VelocityField]
+    method: DanceOPD
+    student: Student
+    buckets: dict[str, Bucket]
+    hashes: dict[str, str]
+
+
+def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
+    """Load and check everything that a run needs.
+
+    Raises:
+        RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
+    """
+    if recipe.family not in FAMILIES:
+        raise RecipeError(f"unknown family {recipe.family!r}; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[recipe.family](recipe.base)
+    references = [recipe.base]
+    backbone = AdapterBackbone(family.network)
+    fields: dict[str, VelocityField] = {}
+    for name, part in recipe.fields.items():
+        if part.mixture is None:
+            fields[name] = _field(name, part, family, backbone, device)
+            references += [reference for reference in (part.lora, part.checkpoint) if reference is not None]
+    for name, part in recipe.fields.items():
+        if part.mixture is not None:
+            fields[name] = MixtureField([fields[member] for member in part.mixture])
+    init = recipe.student.init
+    start = None if init == "base" else load_lora(family.resolve(recipe.fields[init].lora or ""))
+    student = Student(recipe, family, backbone, start)
+    family.to(device)
+    student.model.to(device)
+    buckets, routes = {}, []
+    for index, part in enumerate(recipe.routes):
+        name = part.name or part.field
+        buckets[name] = Bucket(_examples(index, part, family), seed=recipe.train.seed * 1000 + index)
+        routes.append(
+            Route(
+                name,
+                fields[part.field],
+                RouteSamples(buckets[name], family),
+                weight=part.weight,
+                prompt_dropout=part.prompt_dropout,
+                empty=partial(family.empty, negative_prompt=recipe.fields[part.field].negative_prompt),
+            )
+        )
+    method = DanceOPD(
+        routes=routes,
+        grid=family.grid(recipe.rollout.num_inference_steps, recipe.rollout.shift),
+        query=BANDS[recipe.query.band](over=recipe.query.over, per_rollout=recipe.query.per_rollout),
+        per=recipe.routing.per,
+        stratified=recipe.routing.stratified,
+        objective=OBJECTIVES[recipe.objective],
+        states=recipe.query.states,
+        device=device,
+    )
+    hashes = {reference: file_hash(family.resolve(reference)) for reference in references}
+    return Assembly(recipe, family, AdapterField(backbone, family.model), fields, method, student, buckets, hashes)
+
+
+def _field(
+    name: str, part: FieldPart, family: Family, backbone: AdapterBackbone, device: torch.device
+) -> VelocityField:
+    field: VelocityField
+    if part.lora is not None:
+        backbone.add(name, load_lora(family.resolve(part.lora)), scale=part.lora_scale)
+        field = AdapterField(backbone, family.model, name)
+    elif part.checkpoint is not None:
+        model = family.new_model()
+        load_checkpoint(model.get_submodule("network"), family.resolve(part.checkpoint))
+        field = ModelField(model.to(device))
+    else:
+        field = AdapterField(backbone, family.model)
+    if part.guidance_scale == 1.0:
+        return field
+    return GuidedField(
+        field,
+        empty=partial(family.empty, negative_prompt=part.negative_prompt),
+        guidance_scale=part.guidance_scale,
+        combine=family.guide,
+    )
+
+
+def _examples(index: int, part: RoutePart, family: Family) -> ExampleSource:
+    if part.data.generator is not None:
+        try:
+            return family.generator(part.data.generator, size=part.data.size, seed=part.data.seed)
+        except ValueError as error:
+            raise RecipeError(f"routes.{index}.data.generator: {error}") from error
+    manifest = Manifest(Path(part.data.manifest or ""))
+    if manifest.edits and not family.can_edit:
+        raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.path} holds edits")
+    family.samples([manifest[position] for position in range(min(len(manifest), 4))])
+    return manifest
+
+
+def autocast(device: torch.device, precision: str):
+    """The one precision rule, for student and fields alike: bf16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,0 +1,143 @@
+"""Checkpoints: everything that the next update depends on, written aside and then renamed.
+
+A checkpoint is a folder ``step-000200`` with ``student.safetensors``, ``ema.safetensors``,
+``optimizer.safetensors`` and ``state.json``. It exists whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class CheckpointFailure(RuntimeError):
+    """A checkpoint could not be written or does not belong to this run."""
+
+
+class TrainingState(BaseModel):
+    """What a checkpoint holds besides tensors. generator: the torch generator's state, in hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int
+    ema_updates: int
+    generator: str
+    buckets: dict[str, dict[str, int]]
+    hashes: dict[str, str]
+    calls: dict[str, int]
+    seconds: float
+
+
+def pack_generator(generator: torch.Generator) -> str:
+    return bytes(generator.get_state().tolist()).hex()
+
+
+def unpack_generator(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: TrainingState,
+    student: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write ``folder/step-N`` and then delete all but the ``keep`` newest.
+
+    Raises:
+        CheckpointFailure: if writing failed (a full disk, say); earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{state.step:06d}"
+    aside = folder / f".writing-{state.step:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, tensors in (("student", student), ("ema", ema), ("optimizer", _flatten(optimizer))):
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside / f"{name}.safetensors")
+        (aside / "state.json").write_text(state.model_dump_json(indent=1))
+        for file in aside.iterdir():
+            _sync(file)
+        _sync(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        _sync(folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = latest_checkpoint(folder)
+        raise CheckpointFailure(
+            f"could not write checkpoint {target}: {error}; "
+            + (f"the previous one, {kept.name}, is whole" if kept else "there is no earlier one")
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def load_checkpoint_state(path: Path) -> TrainingState:
+    return TrainingState.model_validate_json((path / "state.json").read_text())
+
+
+def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    return load_file(path / f"{name}.safetensors")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put flattened state back; hyperparameters stay those of the recipe."""
+    content = optimizer.state_dict()
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    content["state"] = state
+    optimizer.load_state_dict(content)
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_hashes(recorded: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to resume over sources that changed.
+
+    Raises:
+        CheckpointFailure: naming the sources.
+    """
+    changed = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    if changed:
+        details = "; ".join(f"{n}: {json.dumps(recorded.get(n))} then, {json.dumps(now.get(n))} now" for n in changed)
+        raise CheckpointFailure(f"sources changed since this run began, so it cannot be resumed: {details}")

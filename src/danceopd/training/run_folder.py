@@ -1,0 +1,104 @@
+"""The run folder: recipe.yaml, metrics.jsonl, checkpoints/, samples/, evaluation.json, report.html; one owner at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from danceopd.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+
+
+class RunFolderBusy(RuntimeError):
+    """Another process works in the run folder."""
+
+
+class RunFolder:
+    """Paths of one run, and its metrics."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_file = path / "report.html"
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the folder; the lock goes with the process, however it ends.
+
+        Raises:
+            RunFolderBusy: if another process holds it, with its process id.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunFolderBusy(
+                    f"{self.path} is in use by process {file.read().strip() or '?'}; wait for it, or choose another output"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        self.recipe_file.write_text(dump_recipe(recipe), encoding="utf-8")
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe of this run.
+
+        Raises:
+            RecipeError: if this is not a run folder.
+        """
+        if not self.recipe_file.exists():
+            raise RecipeError(f"{self.path} is not a run folder: it has no recipe.yaml")
+        return load_recipe(self.recipe_file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop lines of updates that a resumed run will make again (and a line cut off by a kill)."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue
+        aside = self.metrics_file.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(self.metrics_file)
+
+
+class Tracker:
+    """metrics.jsonl and TensorBoard, the same numbers in both."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._file = folder.metrics_file.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float | int]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()

@@ -1,0 +1,290 @@
+"""The training loop: it owns the optimiser, saving and stopping, and knows nothing of the method's inside."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from danceopd.distill.step import route_gradient_cosines
+from danceopd.recipe import Recipe, TrainPart
+from danceopd.states import NetworkCalls, StepResult
+from danceopd.training.assemble import Assembly, assemble, autocast
+from danceopd.training.checkpoint import (
+    CheckpointFailure,
+    TrainingState,
+    check_hashes,
+    latest_checkpoint,
+    load_checkpoint_state,
+    load_tensors,
+    pack_generator,
+    restore_optimizer,
+    save_checkpoint,
+    unpack_generator,
+)
+from danceopd.training.ema import EMA
+from danceopd.training.hardware import keep_freed_memory, resolve_precision
+from danceopd.training.run_folder import RunFolder, Tracker
+
+
+class NonFiniteLoss(RuntimeError):
+    """A route's loss became infinite or not a number; nothing was saved after it."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a whole update, which was saved. ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Trainer:
+    """A run in progress. ``on_samples(assembly, step)`` writes a sample grid; None writes none."""
+
+    assembly: Assembly
+    folder: RunFolder
+    on_samples: Callable[[Assembly, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        recipe, student = self.assembly.recipe, self.assembly.student
+        keep_freed_memory()
+        self.accelerator = Accelerator(cpu=self.assembly.method.device == torch.device("cpu"))
+        if self.accelerator.num_processes > 1:
+            raise RuntimeError(f"one process is supported, found {self.accelerator.num_processes}")
+        parameters = list(student.parameters.values())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
+        )
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.ema = EMA(parameters, recipe.train.ema_decay)
+        self.generator = torch.Generator().manual_seed(recipe.train.seed)
+        self.step = 0
+        self.calls = NetworkCalls()
+        self.seconds = 0.0
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the run folder; from the start if there is none.
+
+        Raises:
+            CheckpointFailure: if a source or the data changed since.
+        """
+        path = latest_checkpoint(self.folder.checkpoints)
+        if path is None:
+            self.folder.forget_metrics_after(0)
+            return
+        state = load_checkpoint_state(path)
+        check_hashes(state.hashes, self.assembly.hashes)
+        for name, tensors in (("student", self._live()), ("ema", self._averaged())):
+            saved = load_tensors(path, name)
+            for key, tensor in tensors.items():
+                with torch.no_grad():
+                    tensor.copy_(saved[key])
+        restore_optimizer(self.optimizer, load_tensors(path, "optimizer"))
+        self.step, self.ema.updates, self.seconds = state.step, state.ema_updates, state.seconds
+        self.calls = NetworkCalls(**state.calls)
+        self.generator.set_state(unpack_generator(state.generator))
+        for name, bucket in self.assembly.buckets.items():
+            try:
+                bucket.load_state(state.buckets[name])
+            except (KeyError, ValueError) as error:
+                raise CheckpointFailure(f"cannot resume route {name!r}: {error}") from error
+        self.folder.forget_metrics_after(self.step)
+
+    def run(self) -> None:
+        """Train to the recipe's last update; a checkpoint stands at the end.
+
+        Raises:
+            NonFiniteLoss, Interrupted, CheckpointFailure.
+        """
+        part = self.assembly.recipe.train
+        tracker = Tracker(self.folder)
+        try:
+            with _stop_requests() as stop, _progress() as progress:
+                task = progress.add_task("training", total=part.steps, completed=self.step, loss="")
+                while self.step < part.steps:
+                    started = time.monotonic()
+                    metrics = self.update()
+                    self.seconds += time.monotonic() - started
+                    tracker.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
+                    progress.update(task, completed=self.step, loss=f"loss {metrics['loss']:.4f}")
+                    due = self.step % part.checkpointing_steps == 0 or self.step == part.steps
+                    if due or stop:
+                        self.save()
+                    if part.sample_steps and self.step % part.sample_steps == 0 and self.on_samples is not None:
+                        with self.assembly.student.using(self.ema.average):
+                            self.on_samples(self.assembly, self.step)
+                    if stop and self.step < part.steps:
+                        number = stop[0]
+                        raise Interrupted(
+                            f"{signal.Signals(number).name}: stopped after update {self.step}, which is saved; "
+                            "go on with --resume",
+                            128 + number,
+                        )
+        finally:
+            tracker.close()
+
+    def update(self) -> dict[str, float | int]:
+        """One optimiser update; its metrics."""
+        part, method = self.assembly.recipe.train, self.assembly.method
+        parameters = list(self.assembly.student.parameters.values())
+        rate = part.learning_rate * learning_rate_factor(self.step, part)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        routes = method.router.draw(part.batch_size, self.generator)
+        cosine_due = part.gradient_cosine_steps and (self.step + 1) % part.gradient_cosine_steps == 0
+        cosines: dict[tuple[str, str], float] = {}
+        results = []
+        share = 1 / part.gradient_accumulation_steps
+        for chosen in routes.chunk(part.gradient_accumulation_steps):
+            backward = None if cosine_due else lambda loss: self.accelerator.backward(loss * share)
+            with autocast(self.accelerator.device, self.assembly.recipe.train.precision):
+                result = method.step(
+                    self.assembly.student.model,
+                    batch_size=len(chosen),
+                    generator=self.generator,
+                    routes=chosen,
+                    backward=backward,
+                )
+            if cosine_due:
+                cosines = route_gradient_cosines(result, parameters)
+                self.accelerator.backward(result.loss * share)
+            results.append(result)
+        metrics = _metrics(results)
+        self._refuse_non_finite(results)
+        norm = self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)
+        if not math.isfinite(float(norm)):
+            raise NonFiniteLoss(f"update {self.step + 1}: the gradient is {float(norm)} although the loss is finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(parameters)
+        self.step += 1
+        for result in results:
+            self.calls += result.calls
+        metrics |= {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()}
+        metrics |= {"learning_rate": rate, "gradient_norm": float(norm)}
+        metrics |= {f"calls/{name}": count for name, count in asdict(self.calls).items()}
+        return metrics
+
+    def save(self) -> Path:
+        state = TrainingState(
+            step=self.step,
+            ema_updates=self.ema.updates,
+            generator=pack_generator(self.generator),
+            buckets={name: bucket.state() for name, bucket in self.assembly.buckets.items()},
+            hashes=self.assembly.hashes,
+            calls=asdict(self.calls),
+            seconds=self.seconds,
+        )
+        return save_checkpoint(
+            self.folder.checkpoints,
+            state=state,
+            student=self._live(),
+            ema=self._averaged(),
+            optimizer=self.optimizer.optimizer,
+            keep=self.assembly.recipe.train.checkpoints_total_limit,
+        )
+
+    def _live(self) -> dict[str, Tensor]:
+        return dict(self.assembly.student.parameters)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        return dict(zip(self.assembly.student.parameters, self.ema.average, strict=True))
+
+    def _refuse_non_finite(self, results: list[StepResult]) -> None:
+        broken = {
+            name: float(route.loss.detach())
+            for result in results
+            for name, route in result.routes.items()
+            if not math.isfinite(float(route.loss.detach()))
+        }
+        if broken:
+            listed = ", ".join(f"{name} ({value})" for name, value in broken.items())
+            raise NonFiniteLoss(
+                f"update {self.step + 1}: non-finite loss on route {listed}; stopped, nothing saved after update "
+                f"{self.step}. A lower learning_rate or precision fp32 is the usual remedy"
+            )
+
+
+def learning_rate_factor(step: int, part: TrainPart) -> float:
+    """Warm-up from 1 / warmup to 1, then constant, or falling linearly or as a cosine to 0 at the last update."""
+    if step < part.lr_warmup_steps:
+        return (step + 1) / part.lr_warmup_steps
+    if part.lr_scheduler == "constant":
+        return 1.0
+    done = (step - part.lr_warmup_steps) / max(1, part.steps - part.lr_warmup_steps)
+    return 1 - done if part.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with everything measured written down, so that a resumed run is the same run."""
+    precision = resolve_precision(recipe.train.precision, device)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def load_run(folder: RunFolder, *, device: torch.device) -> tuple[Assembly, TrainingState]:
+    """A trained run's student, under its averaged weights (its live ones where no average was kept).
+
+    Raises:
+        CheckpointFailure: if there is no checkpoint, or a source changed since.
+    """
+    assembly = assemble(folder.read_recipe(), device=device)
+    path = latest_checkpoint(folder.checkpoints)
+    if path is None:
+        raise CheckpointFailure(f"{folder.path} holds no checkpoint yet")
+    state = load_checkpoint_state(path)
+    check_hashes(state.hashes, assembly.hashes)
+    saved = load_tensors(path, "ema")
+    with torch.no_grad():
+        for name, parameter in assembly.student.parameters.items():
+            parameter.copy_(saved[name])
+    return assembly, state
+
+
+def _metrics(results: list[StepResult]) -> dict[str, float | int]:
+    metrics: dict[str, float | int] = {
+        "loss": sum(float(result.loss.detach()) for result in results) / len(results),
+    }
+    names = sorted({name for result in results for name in result.routes})
+    for name in names:
+        parts = [result.routes[name] for result in results if name in result.routes]
+        count = sum(part.samples for part in parts)
+        metrics[f"loss/{name}"] = sum(float(part.loss.detach()) * part.samples for part in parts) / count
+        metrics[f"samples/{name}"] = count
+        metrics[f"sigma/{name}"] = sum(part.mean_sigma * part.samples for part in parts) / count
+    return metrics
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; the list holds the signals that came."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        refresh_per_second=2,
+    )
