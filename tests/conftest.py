@@ -27,7 +27,7 @@ class GaussianField:
         return -self.mean + (s - (1 - s) * self.std**2) / variance * (z - (1 - s) * self.mean)
 
     def flow(self, noise: Tensor, sigma: float) -> Tensor:
-        """Exact state at ``sigma`` of the trajectory that starts at ``noise``: means and deviations are carried along."""
+        """Exact state at ``sigma`` of the trajectory from ``noise``: mean and deviation are carried along."""
         return (1 - sigma) * self.mean + ((1 - sigma) ** 2 * self.std**2 + sigma**2) ** 0.5 * noise
 
 

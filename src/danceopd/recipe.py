@@ -31,13 +31,15 @@ def _number(**limits: Any) -> Any:
 class FieldPart(_Part):
     """A frozen velocity field. Exactly one of base, lora, checkpoint and mixture says what it is."""
 
-    base: bool = Field(False, description="The base model itself.")
-    lora: str | None = Field(None, description="A LoRA over the base: FAMILY:NAME or a safetensors file.")
+    base: bool = Field(default=False, description="The base model itself.")
+    lora: str | None = Field(default=None, description="A LoRA over the base: FAMILY:NAME or a safetensors file.")
     lora_scale: float = _number(default=1.0, gt=0, description="Factor on the LoRA's strength.")
-    checkpoint: str | None = Field(None, description="A full checkpoint: FAMILY:NAME or a safetensors file.")
-    mixture: tuple[str, ...] | None = Field(None, strict=False, description="Soft mixing (ablation): fields to average.")
+    checkpoint: str | None = Field(default=None, description="A full checkpoint: FAMILY:NAME or a safetensors file.")
+    mixture: tuple[str, ...] | None = Field(
+        default=None, strict=False, description="Soft mixing (ablation): fields to average."
+    )
     guidance_scale: float = _number(default=1.0, ge=0, description="Classifier-free guidance alpha; 1 is none.")
-    negative_prompt: str = Field("", description="The prompt of the guidance's empty condition.")
+    negative_prompt: str = Field(default="", description="The prompt of the guidance's empty condition.")
 
     @model_validator(mode="after")
     def _one_source(self) -> FieldPart:
@@ -50,29 +52,31 @@ class FieldPart(_Part):
 class LoraPart(_Part):
     """The student's LoRA."""
 
-    rank: int = Field(32, ge=1, description="LoRA rank.")
+    rank: int = Field(default=32, ge=1, description="LoRA rank.")
     alpha: float = _number(default=32.0, gt=0, description="LoRA alpha; the delta is scaled by alpha / rank.")
-    targets: tuple[str, ...] | None = Field(None, strict=False, description="Module names; the family's by default.")
+    targets: tuple[str, ...] | None = Field(
+        default=None, strict=False, description="Module names; the family's by default."
+    )
 
 
 class StudentPart(_Part):
     """What is trained, and what it starts from."""
 
-    init: str = Field("base", description="'base', or the name of a LoRA field to start from.")
+    init: str = Field(default="base", description="'base', or the name of a LoRA field to start from.")
     init_mode: Literal["trainable", "merged"] = Field(
-        "trainable",
+        default="trainable",
         description="With a LoRA init: go on training that LoRA, or keep it frozen under a new one.",
     )
-    lora: LoraPart | None = Field(LoraPart(), description="The student's LoRA; null trains all weights.")
+    lora: LoraPart | None = Field(default=LoraPart(), description="The student's LoRA; null trains all weights.")
 
 
 class DataPart(_Part):
     """One route's training inputs: a generator or a JSONL manifest."""
 
-    generator: str | None = Field(None, description="A family's generator, such as shapes/t2i.")
-    manifest: str | None = Field(None, description="A JSONL file, relative to the recipe.")
-    size: int = Field(20_000, ge=1, description="Number of generated training inputs.")
-    seed: int = Field(0, ge=0, description="Seed of the generated inputs; the same for all methods compared.")
+    generator: str | None = Field(default=None, description="A family's generator, such as shapes/t2i.")
+    manifest: str | None = Field(default=None, description="A JSONL file, relative to the recipe.")
+    size: int = Field(default=20_000, ge=1, description="Number of generated training inputs.")
+    seed: int = Field(default=0, ge=0, description="Seed of the generated inputs; the same for all methods compared.")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataPart:
@@ -85,36 +89,41 @@ class RoutePart(_Part):
     """A field and the data it teaches on."""
 
     field: str = Field(description="Name of the field.")
-    name: str | None = Field(None, description="The route's name in logs; the field's by default.")
+    name: str | None = Field(default=None, description="The route's name in logs; the field's by default.")
     data: DataPart
     weight: float = _number(default=1.0, gt=0, description="Relative share of the samples.")
     prompt_dropout: float | None = Field(
-        None, ge=0, le=1, description="Share of empty-condition samples; 0.1 by default on guided fields, else 0."
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of empty-condition samples; 0.1 by default on guided fields, else 0.",
     )
 
 
 class RoutingPart(_Part):
     """How samples get their route; always hard."""
 
-    per: Literal["sample", "step"] = Field("sample", description="Draw a route per sample or per optimiser update.")
-    stratified: bool = Field(False, description="Per sample: hold each route's share exactly, up to rounding.")
+    per: Literal["sample", "step"] = Field(
+        default="sample", description="Draw a route per sample or per optimiser update."
+    )
+    stratified: bool = Field(default=False, description="Per sample: hold each route's share exactly, up to rounding.")
 
 
 class RolloutPart(_Part):
     """The student's rollout."""
 
-    num_inference_steps: int = Field(16, ge=2, description="Steps N of the full grid.")
-    shift: float | None = Field(None, gt=0, description="Shift of the sigma grid; the family's by default.")
+    num_inference_steps: int = Field(default=16, ge=2, description="Steps N of the full grid.")
+    shift: float | None = Field(default=None, gt=0, description="Shift of the sigma grid; the family's by default.")
 
 
 class QueryPart(_Part):
     """Which state of the rollout is matched."""
 
-    over: Literal["step", "sigma"] = Field("step", description="Lay the band over steps or over sigma.")
-    band: str = Field("low_noise", description=f"One of {', '.join(BANDS)}.")
-    per_rollout: int = Field(1, ge=1, description="States K per rollout.")
+    over: Literal["step", "sigma"] = Field(default="step", description="Lay the band over steps or over sigma.")
+    band: str = Field(default="low_noise", description=f"One of {', '.join(BANDS)}.")
+    per_rollout: int = Field(default=1, ge=1, description="States K per rollout.")
     states: Literal["student", "teacher", "data"] = Field(
-        "student", description="Whose states: the student's (on-policy), the teacher's, or noised data."
+        default="student", description="Whose states: the student's (on-policy), the teacher's, or noised data."
     )
 
     @model_validator(mode="after")
@@ -127,21 +136,27 @@ class QueryPart(_Part):
 class TrainPart(_Part):
     """The optimiser and its loop."""
 
-    steps: int = Field(200, ge=1, description="Optimiser updates.")
-    batch_size: int = Field(32, ge=1, description="Samples per update.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per update; batch_size is their sum.")
+    steps: int = Field(default=200, ge=1, description="Optimiser updates.")
+    batch_size: int = Field(default=32, ge=1, description="Samples per update.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Micro-batches per update; batch_size is their sum."
+    )
     learning_rate: float = _number(default=1e-3, gt=0, description="AdamW's peak learning rate.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
-    lr_warmup_steps: int = Field(10, ge=0, description="Updates of linear warm-up.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
+    lr_warmup_steps: int = Field(default=10, ge=0, description="Updates of linear warm-up.")
     weight_decay: float = _number(default=0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = _number(default=1.0, gt=0, description="Gradient norm is clipped to this.")
     ema_decay: float = _number(default=0.98, ge=0, lt=1, description="Averaging of the student's weights; 0 for none.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto measures which is faster here.")
-    seed: int = Field(0, ge=0, description="Seed of routes, queries, noise, data order and initialisation.")
-    checkpointing_steps: int = Field(50, ge=1, description="Updates between checkpoints.")
-    checkpoints_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
-    sample_steps: int = Field(100, ge=0, description="Updates between sample grids; 0 for none.")
-    gradient_cosine_steps: int = Field(0, ge=0, description="Updates between route-gradient cosines; 0 for never.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto measures which is faster here."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of routes, queries, noise, data order and initialisation.")
+    checkpointing_steps: int = Field(default=50, ge=1, description="Updates between checkpoints.")
+    checkpoints_total_limit: int = Field(default=2, ge=1, description="Checkpoints kept.")
+    sample_steps: int = Field(default=100, ge=0, description="Updates between sample grids; 0 for none.")
+    gradient_cosine_steps: int = Field(
+        default=0, ge=0, description="Updates between route-gradient cosines; 0 for never."
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TrainPart:
@@ -156,12 +171,12 @@ class TrainPart(_Part):
 class EvaluatePart(_Part):
     """How the finished student is measured."""
 
-    num_inference_steps: int = Field(16, ge=1, description="Sampler steps.")
-    shift: float | None = Field(None, gt=0, description="Shift of the sampler's grid; the family's by default.")
-    scenes_per_task: int = Field(40, ge=2, description="Fresh scenes per task.")
+    num_inference_steps: int = Field(default=16, ge=1, description="Sampler steps.")
+    shift: float | None = Field(default=None, gt=0, description="Shift of the sampler's grid; the family's by default.")
+    scenes_per_task: int = Field(default=40, ge=2, description="Fresh scenes per task.")
     guidance_scale: float = _number(default=1.0, ge=0, description="Guidance of every model evaluated; 1 is none.")
-    seed: int = Field(0, ge=0, description="Seed of the evaluation scenes and their noise.")
-    batch_size: int = Field(60, ge=1, description="Images sampled at once.")
+    seed: int = Field(default=0, ge=0, description="Seed of the evaluation scenes and their noise.")
+    batch_size: int = Field(default=60, ge=1, description="Images sampled at once.")
 
 
 class Recipe(_Part):
@@ -176,7 +191,7 @@ class Recipe(_Part):
     routing: RoutingPart = RoutingPart()
     rollout: RolloutPart = RolloutPart()
     query: QueryPart = QueryPart()
-    objective: str = Field("velocity_mse", description=f"One of {', '.join(OBJECTIVES)}.")
+    objective: str = Field(default="velocity_mse", description=f"One of {', '.join(OBJECTIVES)}.")
     train: TrainPart = TrainPart()
     evaluate: EvaluatePart = EvaluatePart()
     output: str = Field(description="Run folder.")
@@ -285,7 +300,11 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"missing key {place!r}"
     message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict | Recipe) or item["type"] == "value_error" else f", found {item['input']!r}"
+    shown = (
+        ""
+        if isinstance(item["input"], dict | Recipe) or item["type"] == "value_error"
+        else f", found {item['input']!r}"
+    )
     return f"{place + ': ' if place else ''}{message}{shown}"
 
 

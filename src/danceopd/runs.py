@@ -33,7 +33,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do. routes: a sentence each. rollout_calls, field_calls, train_calls: per update, expected."""
+    """What a recipe will do. routes: a sentence each. The calls are expected ones per update."""
 
     routes: tuple[str, ...]
     rollout_calls: float
@@ -80,13 +80,11 @@ def expected_rollout_calls(query: QueryBand, grid: Grid) -> float:
 
 
 def check(recipe: Recipe) -> Plan:
-    """Validate everything before any training: files, shapes, routes with data, one real update without an optimiser."""
+    """Validate everything before training: files, shapes, routes with data; one real update of each route."""
     assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
     generator = torch.Generator().manual_seed(recipe.train.seed)
     for index in range(len(assembly.method.routes)):
-        assembly.method.step(
-            assembly.student.model, batch_size=2, generator=generator, routes=torch.full((2,), index)
-        )
+        assembly.method.step(assembly.student.model, batch_size=2, generator=generator, routes=torch.full((2,), index))
     return plan(assembly)
 
 
@@ -123,7 +121,11 @@ def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:
     asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
     free = {"evaluate": recorded.evaluate, "train": asked.train.model_copy(update={"steps": recorded.train.steps})}
     if asked.model_copy(update=free) != recorded:
-        changed = [name for name in Recipe.model_fields if getattr(asked.model_copy(update=free), name) != getattr(recorded, name)]
+        changed = [
+            name
+            for name in Recipe.model_fields
+            if getattr(asked.model_copy(update=free), name) != getattr(recorded, name)
+        ]
         raise RecipeError(
             f"{folder.path} holds a run of another recipe (differing in {', '.join(changed)}); only train.steps and "
             "evaluate may change on --resume"

@@ -36,7 +36,9 @@ def test_over_sigma_draws_the_band_over_sigma(rng):
     before, after = GRID.sigmas[query.step], GRID.sigmas[query.step + 1]
     assert bool(((query.sigma <= before) & (query.sigma > after)).all())
     counts = torch.bincount(query.step[:, 0], minlength=16) / 20_000
-    torch.testing.assert_close(counts.double(), BetaQuery(5, 2, over="sigma").step_probabilities(GRID), atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        counts.double(), BetaQuery(5, 2, over="sigma").step_probabilities(GRID), atol=0.015, rtol=0
+    )
 
 
 @pytest.mark.parametrize("band", sorted(BANDS))

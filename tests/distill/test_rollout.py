@@ -76,6 +76,10 @@ def test_no_gradient_flows_through_the_rollout(rng):
 
 def test_state_is_accumulated_in_float32(rng):
     result = rollout(
-        lambda z, s, c: torch.ones_like(z, dtype=torch.bfloat16), torch.randn(2, 3).bfloat16(), None, GRID, at(torch.full((2, 1), 4))
+        lambda z, s, c: torch.ones_like(z, dtype=torch.bfloat16),
+        torch.randn(2, 3).bfloat16(),
+        None,
+        GRID,
+        at(torch.full((2, 1), 4)),
     )
     assert result.states.dtype == torch.float32

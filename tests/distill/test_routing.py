@@ -22,7 +22,9 @@ def test_stratified_counts_are_exact_up_to_rounding_with_the_right_marginals(rng
     router = Router((1.0, 2.0), stratified=True)
     draws = torch.stack([router.draw(10, rng) for _ in range(6000)])
     assert set((draws == 1).sum(1).tolist()) == {6, 7}
-    torch.testing.assert_close((draws == 1).double().mean(0), torch.full((10,), 2 / 3, dtype=torch.float64), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        (draws == 1).double().mean(0), torch.full((10,), 2 / 3, dtype=torch.float64), atol=0.03, rtol=0
+    )
 
 
 def test_a_generator_state_restores_the_routes(rng):

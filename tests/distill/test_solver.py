@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import torch
 from conftest import GaussianField, GaussianMixtureField
@@ -13,7 +14,7 @@ def euler_error(field, exact, steps: int, shift: float) -> float:
     grid = shifted_grid(steps=steps, shift=shift)
     z = noise.clone()
     sigmas = grid.sigmas.double()
-    for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, there in pairwise(sigmas):
         z = z + (there - here) * field.velocity(z, here.expand(len(z)))
     return float((z - exact(noise)).abs().max())
 
@@ -22,7 +23,7 @@ def test_euler_is_first_order_on_a_gaussian():
     field = GaussianField(0.7, 0.5)
     for shift in (1.0, 3.0):
         errors = [euler_error(field, lambda n: field.flow(n, 0.0), steps, shift) for steps in (64, 128, 256, 512)]
-        orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+        orders = [math.log2(a / b) for a, b in pairwise(errors)]
         assert all(0.9 < order < 1.1 for order in orders), orders
 
 
@@ -34,14 +35,14 @@ def test_euler_is_first_order_on_a_gaussian_mixture():
         if "z" not in reference:
             z, steps = noise.clone(), 20_000
             sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-            for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+            for here, there in pairwise(sigmas):
                 mid = z + (there - here) / 2 * field.velocity(z, here.expand(len(z)))
                 z = z + (there - here) * field.velocity(mid, ((here + there) / 2).expand(len(z)))
             reference["z"] = z
         return reference["z"]
 
     errors = [euler_error(field, exact, steps, 1.0) for steps in (128, 256, 512)]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in pairwise(errors)]
     assert all(0.85 < order < 1.15 for order in orders), orders
 
 
@@ -54,7 +55,10 @@ def test_sampling_reaches_the_data_distribution(rng):
 
 def test_state_is_float32_even_if_the_network_is_bfloat16(rng):
     out = integrate(
-        lambda z, sigma, c: torch.full_like(z, 0.001, dtype=torch.bfloat16), torch.ones(1, 1), None, shifted_grid(steps=100)
+        lambda z, sigma, c: torch.full_like(z, 0.001, dtype=torch.bfloat16),
+        torch.ones(1, 1),
+        None,
+        shifted_grid(steps=100),
     )
     # 100 steps of 1e-5: a bfloat16 state would never move from 1
     assert out.dtype == torch.float32

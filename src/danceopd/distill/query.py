@@ -22,7 +22,8 @@ _CDF_POINTS = 20_000
 class QueryBand(Protocol):
     """A distribution over a rollout's states. ``per_rollout`` is K."""
 
-    per_rollout: int
+    @property
+    def per_rollout(self) -> int: ...
 
     def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
         """K distinct, ordered states for each of ``batch`` rollouts."""
@@ -114,14 +115,17 @@ def low_noise(**options) -> BetaQuery:
 
 
 def mid_noise(**options) -> BetaQuery:
+    """Beta(5, 5)."""
     return BetaQuery(5.0, 5.0, **options)
 
 
 def high_noise(**options) -> BetaQuery:
+    """Beta(2, 5)."""
     return BetaQuery(2.0, 5.0, **options)
 
 
 def uniform(**options) -> BetaQuery:
+    """Beta(1, 1)."""
     return BetaQuery(1.0, 1.0, **options)
 
 

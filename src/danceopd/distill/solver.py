@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def integrate(velocity: VelocityFunction, noise: Tensor, condition: Any, grid: G
     """Integrate given noise (at the grid's first sigma) to sigma = 0. The state is float32 throughout."""
     z = noise.float()
     sigmas = grid.sigmas.to(z.device)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         here, there = sigma.expand(len(z)), sigma_next.expand(len(z))
         z = euler_step(z, velocity(z, here, condition), here, there)
     return z

@@ -44,7 +44,8 @@ def guided(velocity: VelocityFunction, family: Family, guidance_scale: float) ->
     def both(z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
         doubled = concatenate([condition, family.empty(condition)])
         v = velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), doubled).float()
-        return family.guide(*v.chunk(2), guidance_scale)
+        conditional, empty = v.chunk(2)
+        return family.guide(conditional, empty, guidance_scale)
 
     return both
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from danceopd.states import Condition, Samples
 class Family(Protocol):
     """One model family, loaded."""
 
-    name: str
-    can_edit: bool
-    lora_targets: tuple[str, ...]
-    default_shift: float
+    name: ClassVar[str]
+    can_edit: ClassVar[bool]
+    lora_targets: ClassVar[tuple[str, ...]]
+    default_shift: ClassVar[float]
 
     @property
     def model(self) -> nn.Module:

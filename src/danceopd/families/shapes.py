@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,10 @@ class ShapesFamily:
     weights: the folder of the shipped sources and the text encoder.
     """
 
-    name = "shapes"
-    can_edit = True
-    lora_targets = LORA_TARGETS
-    default_shift = 1.0
+    name: ClassVar[str] = "shapes"
+    can_edit: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    default_shift: ClassVar[float] = 1.0
 
     def __init__(self, base: str = "shapes:base", *, weights: Path = WEIGHTS) -> None:
         self.weights = weights
@@ -81,7 +82,7 @@ class ShapesFamily:
     def generator(self, name: str, *, size: int, seed: int) -> ExampleSource:
         return GeneratedExamples(name, size=size, seed=seed)
 
-    def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None = None) -> Condition:
+    def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Condition:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if new:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -102,10 +103,8 @@ class ShapesFamily:
 
     def empty(self, condition: Condition, negative_prompt: str = "") -> Condition:
         count = len(condition.prompt_embeds)
-        blank = self.encode([negative_prompt] * count)
-        return Condition(
-            prompt_embeds=blank.prompt_embeds, pooled_embeds=blank.pooled_embeds, source=condition.source
-        )
+        blank = self.encode([negative_prompt] * count, None)
+        return Condition(prompt_embeds=blank.prompt_embeds, pooled_embeds=blank.pooled_embeds, source=condition.source)
 
     def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
         return linear_guidance(conditional, empty, guidance_scale)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -52,7 +52,9 @@ class AdapterBackbone:
     def add(self, name: str, lora: Lora, *, scale: float = 1.0) -> None:
         """Put a loaded LoRA on the backbone, frozen."""
         self._check(name, lora)
-        self._inject(name, LoraConfig(r=lora.rank, lora_alpha=lora.alpha * scale, target_modules=list(lora.targets)))
+        self._inject(
+            name, LoraConfig(r=lora.rank, lora_alpha=_alpha(lora.alpha * scale), target_modules=list(lora.targets))
+        )
         result = set_peft_model_state_dict(self.module, dict(lora.weights), adapter_name=name)
         unexpected = list(getattr(result, "unexpected_keys", []))
         if unexpected:
@@ -70,8 +72,8 @@ class AdapterBackbone:
         generator: torch.Generator,
         start: Lora | None = None,
     ) -> None:
-        """Put a new trainable LoRA on the backbone: A Kaiming-uniform from ``generator``, B zero; or a copy of ``start``."""
-        self._inject(name, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+        """Put a new trainable LoRA on the backbone: a copy of ``start``, or A uniform from ``generator`` and B zero."""
+        self._inject(name, LoraConfig(r=rank, lora_alpha=_alpha(alpha), target_modules=list(targets)))
         if start is not None:
             self._check(name, start)
             if start.rank != rank:
@@ -155,7 +157,11 @@ class AdapterBackbone:
 
     def _check(self, name: str, lora: Lora) -> None:
         shapes = {key: value for key, value in self.module.named_modules() if isinstance(value, nn.Linear)}
-        layers = {key: value.base_layer for key, value in self.module.named_modules() if isinstance(value, BaseTunerLayer)}
+        layers = {
+            key: value.get_base_layer()
+            for key, value in self.module.named_modules()
+            if isinstance(value, BaseTunerLayer)
+        }
         shapes |= {key: value for key, value in layers.items() if isinstance(value, nn.Linear)}
         missing = [target for target in lora.targets if target not in shapes]
         if missing:
@@ -169,6 +175,11 @@ class AdapterBackbone:
             found = tuple(None if part is None else tuple(part.shape) for part in (found_a, found_b))
             if found != needed:
                 raise AdapterMismatch(f"LoRA {name!r} at {target!r}: found shapes {found}, needed {needed}")
+
+
+def _alpha(alpha: float) -> int:
+    """PEFT computes with any number and declares an int."""
+    return cast(int, alpha)
 
 
 class AdapterField:

@@ -47,4 +47,5 @@ class GuidedField:
     def velocity(self, z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
         both = concatenate([condition, self.empty(condition)])
         velocity = self.field.velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), both).float()
-        return self.combine(*velocity.chunk(2), self.guidance_scale)
+        conditional, unconditional = velocity.chunk(2)
+        return self.combine(conditional, unconditional, self.guidance_scale)

@@ -37,10 +37,12 @@ class TrainingState(BaseModel):
 
 
 def pack_generator(generator: torch.Generator) -> str:
+    """The generator's state in hexadecimal."""
     return bytes(generator.get_state().tolist()).hex()
 
 
 def unpack_generator(text: str) -> Tensor:
+    """The inverse of ``pack_generator``."""
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
@@ -65,7 +67,10 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         for name, tensors in (("student", student), ("ema", ema), ("optimizer", _flatten(optimizer))):
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside / f"{name}.safetensors")
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                aside / f"{name}.safetensors",
+            )
         (aside / "state.json").write_text(state.model_dump_json(indent=1))
         for file in aside.iterdir():
             _sync(file)
@@ -92,15 +97,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
 def load_checkpoint_state(path: Path) -> TrainingState:
+    """A checkpoint's ``state.json``."""
     return TrainingState.model_validate_json((path / "state.json").read_text())
 
 
 def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors: ``student``, ``ema`` or ``optimizer``."""
     return load_file(path / f"{name}.safetensors")
 
 

@@ -48,6 +48,7 @@ def keep_freed_memory() -> bool:
 
 
 def pick_device() -> torch.device:
+    """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

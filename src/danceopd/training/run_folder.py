@@ -1,4 +1,4 @@
-"""The run folder: recipe.yaml, metrics.jsonl, checkpoints/, samples/, evaluation.json, report.html; one owner at a time."""
+"""The run folder and all that it holds; one process owns it at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RunFolder:
             except BlockingIOError as error:
                 file.seek(0)
                 raise RunFolderBusy(
-                    f"{self.path} is in use by process {file.read().strip() or '?'}; wait for it, or choose another output"
+                    f"{self.path} is in use by process {file.read().strip() or '?'}; wait, or choose another output"
                 ) from error
             file.truncate(0)
             file.write(str(os.getpid()))

@@ -63,9 +63,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             raise RuntimeError(f"one process is supported, found {self.accelerator.num_processes}")
         parameters = list(student.parameters.values())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.ema = EMA(parameters, recipe.train.ema_decay)
         self.generator = torch.Generator().manual_seed(recipe.train.seed)
@@ -162,9 +160,9 @@ class Trainer:
             results.append(result)
         metrics = _metrics(results)
         self._refuse_non_finite(results)
-        norm = self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)
-        if not math.isfinite(float(norm)):
-            raise NonFiniteLoss(f"update {self.step + 1}: the gradient is {float(norm)} although the loss is finite")
+        norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)))
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(f"update {self.step + 1}: the gradient is {norm} although the loss is finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(parameters)
@@ -172,7 +170,7 @@ class Trainer:
         for result in results:
             self.calls += result.calls
         metrics |= {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()}
-        metrics |= {"learning_rate": rate, "gradient_norm": float(norm)}
+        metrics |= {"learning_rate": rate, "gradient_norm": norm}
         metrics |= {f"calls/{name}": count for name, count in asdict(self.calls).items()}
         return metrics
 
@@ -191,7 +189,7 @@ class Trainer:
             state=state,
             student=self._live(),
             ema=self._averaged(),
-            optimizer=self.optimizer.optimizer,
+            optimizer=self.optimizer,
             keep=self.assembly.recipe.train.checkpoints_total_limit,
         )
 
@@ -269,7 +267,9 @@ def _metrics(results: list[StepResult]) -> dict[str, float | int]:
 def _stop_requests() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying; the list holds the signals that came."""
     came: list[int] = []
-    before = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda n, frame: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield came
     finally:

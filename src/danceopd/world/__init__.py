@@ -1,0 +1,1 @@
+"""The embedded Shapes world: scenes, renderer, tasks, verifiers, the small network and its sources."""

@@ -163,7 +163,8 @@ def train_stage(
             optimizer.zero_grad()
         step += 1
         decay = min(stage.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [weight.detach() for weight in trained.values()], 1 - decay)
+        for name, weight in trained.items():
+            average[name].lerp_(weight.detach(), 1 - decay)
         losses.append(loss.item())
         if step % 100 == 0 or step == stage.steps:
             rate = (time.monotonic() - started) / (step - first)
@@ -218,9 +219,7 @@ def build(
                 config = LoraConfig(r=stage.rank, lora_alpha=stage.rank, target_modules=list(LORA_TARGETS))
                 inject_adapter_in_model(config, network, "default")
         resume_file = folder / f"{stage.name}.resume"
-        average = train_stage(
-            stage, network, encoder, seed=seed, device=device, resume_file=resume_file, report=report
-        )
+        average = train_stage(stage, network, encoder, seed=seed, device=device, resume_file=resume_file, report=report)
         if stage.rank:
             for name, weight in network.named_parameters():
                 if name in average:

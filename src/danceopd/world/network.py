@@ -79,12 +79,10 @@ class ShapesTransformer(nn.Module):
         self.patch_out = nn.Linear(width, STEM * PATCH**2)
         self.head = nn.Sequential(nn.Conv2d(2 * STEM, STEM, 3, padding=1), nn.SiLU(), nn.Conv2d(STEM, 3, 3, padding=1))
         nn.init.normal_(self.modulation.weight, std=0.02)
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(
-        self, z: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, source: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, source: Tensor | None = None) -> Tensor:
         condition = functional.silu(self.sigma_in(_sigma_features(sigma)) + self.pooled_in(pooled))
         shared = self.modulation(condition).unflatten(-1, (6, -1))
         scale = sigma.view(-1, 1, 1, 1).float()

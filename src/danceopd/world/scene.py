@@ -72,7 +72,9 @@ class Scene:
         return replace(self, objects=tuple(item for item in self.objects if item.cell != cell))
 
 
-def random_object(rng: np.random.Generator, cell: int, shape: str | None = None, color: str | None = None) -> SceneObject:
+def random_object(
+    rng: np.random.Generator, cell: int | np.integer, shape: str | None = None, color: str | None = None
+) -> SceneObject:
     """An object in ``cell``; shape, colour and jitter are uniform unless given."""
     dx, dy = rng.integers(-MAX_JITTER, MAX_JITTER + 1, size=2)
     return SceneObject(

@@ -22,7 +22,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 BACKGROUND_STATED = 0.4
 STYLE_STATED = 0.3
-"""Shares of prompts that state the background or the style. An unstated background is any; an unstated style is flat."""
+"""Shares of prompts that state the background or the style; unstated, any background and the flat style."""
 
 
 @dataclass(frozen=True)

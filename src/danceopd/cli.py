@@ -1,0 +1,218 @@
+"""The command line: parsing and printing only; the work is in ``runs``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from danceopd.data.manifest import ManifestError
+from danceopd.fields.adapters import AdapterMismatch
+from danceopd.fields.teachers import CheckpointError
+from danceopd.recipe import Recipe, RecipeError, load_recipe
+from danceopd.training.checkpoint import CheckpointFailure
+from danceopd.training.run_folder import RunFolder, RunFolderBusy
+from danceopd.training.trainer import Interrupted, NonFiniteLoss
+from danceopd.world.text import UnknownWord
+
+USER_ERRORS = (
+    RecipeError,
+    ManifestError,
+    CheckpointError,
+    AdapterMismatch,
+    CheckpointFailure,
+    RunFolderBusy,
+    NonFiniteLoss,
+    UnknownWord,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""One student from several frozen flow-matching image experts.
+
+    Start with `danceopd quickstart`: three minutes on a laptop, no GPU. Then write a recipe, `check` it, `train` it,
+    `evaluate` and `report`.""",
+)
+world_app = typer.Typer(no_args_is_help=True, help="The embedded Shapes world.")
+app.add_typer(world_app, name="world")
+console = Console()
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="Run folder, as named by the recipe's output.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a recipe key: --set train.steps=400. Repeatable.")
+]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of training and of the evaluation scenes.")] = 0,
+) -> None:
+    """Train one student on text-to-image AND editing in the Shapes world, score it, and write a report."""
+    from danceopd.runs import quickstart as run
+
+    overrides = [f"output={json.dumps(str(out))}", f"train.seed={seed}", f"evaluate.seed={seed}"]
+    recipe = load_recipe(Path(__file__).parent / "quickstart.yaml", overrides)
+    folder, report = run(recipe)
+    _print_scores(report)
+    console.print(f"total {report['seconds']['total']:.0f} s; open {folder.report_file} in a browser")
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Validate a recipe completely, without training, and say what it will do."""
+    from danceopd.runs import check as run
+
+    loaded = load_recipe(recipe, overrides)
+    plan = run(loaded)
+    for sentence in plan.routes:
+        console.print(f"[bold]route[/] {sentence}", highlight=False)
+    total = plan.rollout_calls + plan.field_calls + 3 * plan.train_calls
+    console.print(
+        f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "
+        f"{plan.train_calls:.0f} trained states = {total:.0f} forward-equivalents; "
+        f"{loaded.train.steps} updates = {total * loaded.train.steps:.3g}",
+        highlight=False,
+    )
+    console.print(
+        f"{plan.trained_parameters:,} trained parameters; weights, gradients and optimiser {plan.megabytes:.0f} MiB, "
+        "activations beside them",
+        highlight=False,
+    )
+    console.print(f"[green]{recipe} is ready to train[/]")
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
+) -> None:
+    """Train a recipe. Ctrl-C finishes the update, saves, and leaves a run that --resume continues exactly."""
+    from danceopd.runs import train as run
+
+    folder = run(load_recipe(recipe, overrides), resume=resume)
+    console.print(f"trained; next: danceopd evaluate {folder.path}")
+
+
+@app.command()
+def evaluate(
+    run_folder: RunPath,
+    scenes_per_task: Annotated[
+        int | None, typer.Option(min=2, help="Scenes per task; the recipe's by default.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the evaluation scenes.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="External guidance of all models.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
+) -> None:
+    """Score the base, the experts and the student on fresh scenes, with 95 % intervals."""
+    from danceopd.runs import evaluate as run
+
+    folder = RunFolder(run_folder)
+    given = {
+        "scenes_per_task": scenes_per_task,
+        "seed": seed,
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+    }
+    part = folder.read_recipe().evaluate.model_copy(update={k: v for k, v in given.items() if v is not None})
+    _print_scores(run(folder, part))
+
+
+@app.command()
+def report(run_folder: RunPath) -> None:
+    """Write report.html, one self-contained page, from the run folder's files."""
+    from danceopd.report.page import write_report
+    from danceopd.runs import require_evaluation
+
+    folder = RunFolder(run_folder)
+    folder.read_recipe()
+    require_evaluation(folder)
+    console.print(f"wrote {write_report(folder)}")
+
+
+@app.command()
+def sample(
+    run_folder: RunPath,
+    prompt: Annotated[list[str], typer.Option(help="What to draw, or the edit to make. Repeatable.")],
+    image: Annotated[Path | None, typer.Option(help="Source image of an edit.")] = None,
+    field: Annotated[str, typer.Option(help="student, base, or a field of the recipe.")] = "student",
+    guidance_scale: Annotated[float, typer.Option(min=0, help="External guidance; 1 is none.")] = 1.0,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
+) -> None:
+    """Draw images with a run's student or one of its fields."""
+    from danceopd.runs import sample_images
+
+    for path in sample_images(
+        RunFolder(run_folder),
+        prompts=prompt,
+        image=image,
+        field=field,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        out=out,
+    ):
+        console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@world_app.command("build")
+def world_build(
+    out: Annotated[Path, typer.Option(help="Where the sources are written.")] = Path("build/world"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps per source: tries the path, teaches nothing.")
+    ] = False,
+) -> None:
+    """Train the world's sources from scratch. Resumable: run it again to go on."""
+    from danceopd.training.hardware import keep_freed_memory
+    from danceopd.world.build import STAGES, build
+    from danceopd.world.build import quick as cut
+
+    keep_freed_memory()
+    build(out, seed=seed, stages=cut() if quick else STAGES, report=lambda line: console.print(line, highlight=False))
+    console.print(f"all sources are in {out}")
+
+
+def _print_scores(report: dict) -> None:
+    table = Table(title=f"{report['scenes_per_task']} scenes per task, 95 % intervals")
+    table.add_column("model")
+    capabilities = [name for name, value in next(iter(report["models"].values())).items() if isinstance(value, dict)]
+    for capability in capabilities:
+        table.add_column(capability, justify="right")
+    for model, scores in report["models"].items():
+        cells = []
+        for capability in capabilities:
+            low, high = report["intervals"][model][capability]["overall"]
+            cells.append(f"{scores[capability]['overall']:.3f} ({low:.2f}-{high:.2f})")
+        table.add_row(model, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; user errors print one line and exit 2, a stopped run exits 128 + the signal."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {type(error).__name__}: ", end="")
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)

@@ -1,0 +1,157 @@
+"""One backbone, many adapters: the switching traps."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TinyNet
+from torch import nn
+
+import danceopd as d
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch, Lora, combined
+from danceopd.fields.teachers import merge_lora
+
+TARGETS = ("fc_in", "fc_out")
+
+
+def lora(seed: int, rank: int = 3, alpha: float = 6.0, net: nn.Module | None = None) -> Lora:
+    net = net or TinyNet()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name in TARGETS:
+        layer = net.get_submodule(name)
+        weights[f"{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
+        weights[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=generator) * 0.2
+    return Lora(rank=rank, alpha=alpha, weights=weights)
+
+
+@pytest.fixture
+def shared(rng):
+    model = TinyNet()
+    backbone = AdapterBackbone(model)
+    backbone.add("one", lora(1))
+    backbone.add("two", lora(2))
+    backbone.create("student", rank=2, alpha=2.0, targets=TARGETS, generator=rng)
+    backbone.activate("student")
+    return backbone, model
+
+
+def call(model):
+    z, sigma = torch.randn(5, 4, generator=torch.Generator().manual_seed(9)), torch.full((5,), 0.5)
+    return model(z, sigma, None)
+
+
+def test_an_adapter_field_equals_a_merged_copy_to_rounding(shared):
+    backbone, model = shared
+    merged = TinyNet()
+    merge_lora(merged, lora(2))
+    with backbone.use("two"):
+        torch.testing.assert_close(call(model), call(merged))
+
+
+def test_no_adapter_is_the_base_bit_for_bit(shared):
+    backbone, model = shared
+    with backbone.use():
+        assert torch.equal(call(model), call(TinyNet()))
+
+
+def test_a_new_student_starts_as_the_base(shared):
+    _, model = shared
+    assert torch.equal(call(model), call(TinyNet()))
+
+
+def test_only_the_student_is_trainable_whatever_was_called(shared):
+    backbone, model = shared
+    for name in ("one", "two", "student"):
+        AdapterField(backbone, model, name).velocity(torch.zeros(2, 4), torch.ones(2), None)
+        trainable = {key for key, value in model.named_parameters() if value.requires_grad}
+        assert trainable == {key for key, _ in backbone.named_parameters("student")}
+
+
+def test_teachers_called_between_forward_and_backward_leave_the_students_gradient_alone(shared):
+    backbone, model = shared
+    teacher = AdapterField(backbone, model, "one")
+    with torch.no_grad():
+        for parameter in backbone.parameters("student"):
+            parameter.add_(0.1)
+
+    def gradients(interrupt):
+        loss = call(model).square().mean()
+        if interrupt:
+            teacher.velocity(torch.zeros(2, 4), torch.ones(2), None)
+        return torch.autograd.grad(loss, backbone.parameters("student"))
+
+    for clean, interrupted in zip(gradients(False), gradients(True), strict=True):
+        assert float(clean.abs().sum()) > 0
+        assert torch.equal(clean, interrupted)
+
+
+def test_the_active_adapter_is_restored_after_an_error(shared):
+    backbone, model = shared
+    before = call(model)
+    with pytest.raises(RuntimeError, match="inside"), backbone.use("one"):
+        raise RuntimeError("inside")
+    assert torch.equal(call(model), before)
+    with pytest.raises(KeyError, match="no adapter 'three'"), backbone.use("three"):
+        pass
+
+
+def test_several_adapters_at_once_add_up_and_combine_into_one(shared):
+    backbone, model = shared
+    merged = TinyNet()
+    merge_lora(merged, lora(1))
+    merge_lora(merged, lora(2))
+    with backbone.use("one", "two"):
+        torch.testing.assert_close(call(model), call(merged))
+    single = TinyNet()
+    merge_lora(single, combined([(lora(1), 1.0), (lora(2, rank=3), 1.0)]))
+    torch.testing.assert_close(call(single), call(merged))
+
+
+def test_student_on_the_shared_backbone_has_zero_loss_against_itself(shared, rng):
+    backbone, model = shared
+    with torch.no_grad():
+        for parameter in backbone.parameters("student"):
+            parameter.add_(0.05)
+    for precision in (torch.float32, torch.bfloat16):
+        field = AdapterField(backbone, model, "student")
+        method = d.DanceOPD(
+            routes=[d.Route("same", field, lambda n, g: d.Samples(condition=None, shape=(4,)))],
+            grid=d.shifted_grid(steps=4),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            result = method.step(model, batch_size=8, generator=rng)
+        assert float(result.loss.detach()) == 0.0
+
+
+def test_a_student_may_start_from_a_source_with_another_alpha(rng):
+    model = TinyNet()
+    backbone = AdapterBackbone(model)
+    backbone.create("student", rank=3, alpha=3.0, targets=TARGETS, generator=rng, start=lora(1, alpha=6.0))
+    backbone.activate("student")
+    merged = TinyNet()
+    merge_lora(merged, lora(1, alpha=6.0))
+    torch.testing.assert_close(call(model), call(merged))
+
+
+def test_loras_that_do_not_fit_are_refused_by_name(shared):
+    backbone, _ = shared
+    foreign = Lora(
+        rank=1, alpha=1, weights={"attn.lora_A.weight": torch.zeros(1, 4), "attn.lora_B.weight": torch.zeros(4, 1)}
+    )
+    with pytest.raises(AdapterMismatch, match=r"lacks, first 'attn'"):
+        backbone.add("foreign", foreign)
+    wrong = lora(1)
+    wrong.weights["fc_in.lora_A.weight"] = torch.zeros(3, 99)
+    with pytest.raises(AdapterMismatch, match=r"fc_in.*found shapes \(\(3, 99\)"):
+        backbone.add("wrong", wrong)
+    assert backbone.names == ["one", "two", "student"]
+
+
+def test_storage_is_the_backbone_and_the_adapters_and_nothing_more(shared):
+    backbone, model = shared
+    held = sum(parameter.numel() for parameter in model.parameters())
+    alone = sum(parameter.numel() for parameter in TinyNet().parameters())
+    adapters = sum(p.numel() for name in backbone.names for p in backbone.parameters(name))
+    assert held == alone + adapters
+    assert copy.copy(backbone.names) == ["one", "two", "student"]

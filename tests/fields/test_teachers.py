@@ -1,0 +1,69 @@
+import pytest
+import torch
+from conftest import TinyNet
+from safetensors.torch import save_file
+
+from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint, load_lora, read_safetensors
+
+
+def test_a_whole_checkpoint_loads_exactly(tmp_path):
+    source, net = TinyNet(seed=3), TinyNet()
+    save_file(source.state_dict(), tmp_path / "net.safetensors")
+    load_checkpoint(net, tmp_path / "net.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])
+def test_one_wrong_tensor_refuses_the_checkpoint_and_loads_nothing(tmp_path, damage):
+    state = TinyNet(seed=3).state_dict()
+    if damage == "missing":
+        del state["fc_out.bias"]
+    elif damage == "unknown":
+        state["fc_extra.bias"] = torch.zeros(2)
+    else:
+        state["fc_out.bias"] = torch.zeros(5)
+    save_file(state, tmp_path / "net.safetensors")
+    net = TinyNet()
+    expected = {
+        "missing": r"missing fc_out.bias \(4,\)",
+        "unknown": "unknown fc_extra.bias",
+        "shape": r"found shape \(5,\), needed \(4,\)",
+    }
+    with pytest.raises(CheckpointError, match=expected[damage]):
+        load_checkpoint(net, tmp_path / "net.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), TinyNet().parameters(), strict=True))
+
+
+def test_pickles_are_never_read(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.save(TinyNet().state_dict(), path)
+    with pytest.raises(CheckpointError, match="pickle"):
+        read_safetensors(path)
+    path.rename(tmp_path / "net.safetensors")  # and not under another name either
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_safetensors(tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match="not found"):
+        read_safetensors(tmp_path / "nothing.safetensors")
+
+
+def test_a_lora_must_be_whole_and_record_its_alpha(tmp_path):
+    good = {"fc.lora_A.weight": torch.zeros(2, 3), "fc.lora_B.weight": torch.zeros(4, 2)}
+    path = tmp_path / "lora.safetensors"
+    save_file(good, path, {"alpha": "8"})
+    loaded = load_lora(path)
+    assert (loaded.rank, loaded.alpha, loaded.targets) == (2, 8.0, ("fc",))
+    for content, metadata, message in [
+        (good, None, "alpha"),
+        ({"fc.lora_A.weight": torch.zeros(2, 3)}, {"alpha": "8"}, "but not fc.lora_B.weight"),
+        ({"fc.weight": torch.zeros(2, 3)}, {"alpha": "8"}, "not a LoRA"),
+        (good | {"g.lora_A.weight": torch.zeros(5, 3), "g.lora_B.weight": torch.zeros(4, 5)}, {"alpha": "8"}, "ranks"),
+    ]:
+        save_file(content, path, metadata)
+        with pytest.raises(CheckpointError, match=message):
+            load_lora(path)
+
+
+def test_hash_is_of_the_bytes(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert file_hash(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

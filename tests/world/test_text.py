@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from danceopd.world.generator import GeneratedExamples, evaluation_set
+from danceopd.world.tasks import EDIT_TASKS, T2I_TASKS, draw_edit, draw_text_to_image
+from danceopd.world.text import MAX_TOKENS, TextEncoder, UnknownWord, tokenize
+
+
+def test_every_sentence_of_the_world_is_in_the_vocabulary():
+    rng = np.random.default_rng(0)
+    sentences = [draw_text_to_image(rng).prompt for _ in range(2000)] + [
+        draw_edit(rng).instruction for _ in range(2000)
+    ]
+    assert tokenize(sentences).shape == (4000, MAX_TOKENS)
+
+
+def test_unknown_words_and_long_prompts_are_refused():
+    with pytest.raises(UnknownWord, match=r"'circel' \(did you mean 'circle'\?\)"):
+        tokenize(["a red circel"])
+    with pytest.raises(UnknownWord, match="16 words, at most 15"):
+        tokenize([" ".join(["a"] * 16)])
+
+
+def test_padding_does_not_change_the_encoding():
+    encoder = TextEncoder().eval()
+    tokens, pooled = encoder(tokenize(["a red circle", "a red circle and a blue square in striped style"]))
+    alone = encoder(tokenize(["a red circle"]))
+    torch.testing.assert_close(pooled[:1], alone[1])
+    assert bool((tokens[0, 4:] == 0).all())
+
+
+def test_generated_examples_depend_on_seed_and_index_alone():
+    a, b = GeneratedExamples("shapes/edit", size=50, seed=1), GeneratedExamples("shapes/edit", size=50, seed=1)
+    assert a[7].prompt == b[7].prompt
+    assert torch.equal(a[7].target, b[7].target)
+    assert [GeneratedExamples("shapes/edit", size=50, seed=2)[i].prompt for i in range(9)] != [
+        a[i].prompt for i in range(9)
+    ]
+    with pytest.raises(ValueError, match="unknown generator"):
+        GeneratedExamples("shapes/video", size=1, seed=0)
+
+
+def test_evaluation_scenes_are_fresh_and_fixed():
+    drawn = evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=0)
+    assert [item.task for item in drawn[::3]] == list(T2I_TASKS + EDIT_TASKS)
+    assert drawn == evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=0)
+    assert drawn != evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=1)
+    assert evaluation_set(["counting"], per_task=5, seed=0)[:3] == drawn[6:9]
