@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+import danceopd
+from danceopd.recipe import load_recipe
+
+TINY = [
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.precision=fp32",
+    "train.checkpointing_steps=2",
+    "train.sample_steps=0",
+    "rollout.num_inference_steps=4",
+    "evaluate.scenes_per_task=2",
+    "evaluate.num_inference_steps=2",
+]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The quickstart recipe, cut to seconds; more overrides may follow."""
+
+    def load(*overrides: str):
+        path = Path(danceopd.__file__).parent / "quickstart.yaml"
+        return load_recipe(path, [*TINY, f"output={tmp_path / 'run'}", *overrides])
+
+    return load

@@ -1,0 +1,219 @@
+import math
+
+import pytest
+import torch
+
+from danceopd.runs import check, evaluate, model_velocities, sample_images, train
+from danceopd.training import checkpoint as checkpoint_module
+from danceopd.training.assemble import assemble
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_tensors
+from danceopd.training.ema import EMA
+from danceopd.training.run_folder import RunFolder
+from danceopd.training.trainer import NonFiniteLoss, Trainer, learning_rate_factor, load_run
+
+CPU = torch.device("cpu")
+
+
+def test_only_the_student_changes_and_the_last_checkpoints_are_kept(tiny):
+    recipe = tiny()
+    before = {k: v.clone() for k, v in assemble(recipe, device=CPU).family.network.state_dict().items()}
+    folder = train(recipe)
+    assert [path.name for path in checkpoints(folder.checkpoints)] == ["step-000004", "step-000006"]
+    assembly, state = load_run(folder, device=CPU)
+    after = assembly.family.network.state_dict()
+    changed = {key for key in after if key in before and not torch.equal(after[key], before[key])}
+    assert changed
+    assert all(".student." in key for key in changed)
+    assert state.step == 6
+    lines = folder.metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss/t2i", "loss/edit", "samples/t2i", "calls/rollout", "gradient_norm"} <= lines[-1].keys()
+    assert list((folder.path / "tensorboard").iterdir())
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny):
+    """Per-sample draws differ in order between the two, so the data states of fixed draws are compared."""
+    results = []
+    for parts in (1, 2):
+        recipe = tiny(f"train.gradient_accumulation_steps={parts}", "routing.per=step", "train.batch_size=8")
+        trainer = Trainer(assemble(recipe, device=CPU), RunFolder(CPU_PATH))
+        method, student = trainer.assembly.method, trainer.assembly.student
+        routes = torch.zeros(8, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(1)
+        batch = method.routes[0].samples(8, generator)
+        noise = torch.randn(8, 3, 32, 32, generator=generator)
+        sigma = torch.full((8,), 0.5)
+        with torch.no_grad():
+            for parameter in student.parameters.values():
+                parameter.add_(0.01)
+        for rows in torch.arange(8).chunk(parts):
+            from danceopd.states import select
+
+            condition = select(batch.condition, rows)
+            target = method.routes[0].field.velocity(noise[rows], sigma[rows], condition)
+            loss = ((student.model(noise[rows], sigma[rows], condition) - target) ** 2).mean()
+            (loss / parts).backward()
+        results.append([parameter.grad.clone() for parameter in student.parameters.values()])
+        assert len(routes) == 8
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_non_finite_loss_stops_names_the_route_and_saves_nothing_broken(tiny):
+    recipe = tiny("train.steps=100")
+    assembly = assemble(recipe, device=CPU)
+    folder = RunFolder(tiny_path(recipe))
+    folder.path.mkdir(parents=True)
+    trainer = Trainer(assembly, folder)
+    edit = assembly.method.routes[1].field
+    original = edit.velocity
+    edit.velocity = lambda z, sigma, condition: original(z, sigma, condition) * (math.nan if trainer.step >= 3 else 1.0)
+    with pytest.raises(
+        NonFiniteLoss, match=r"update 4: non-finite loss on route edit \(nan\).*nothing saved after update 3"
+    ):
+        trainer.run()
+    (last,) = checkpoints(folder.checkpoints)
+    assert last.name == "step-000002"
+    assert all(bool(t.isfinite().all()) for t in load_tensors(last, "student").values())
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, monkeypatch):
+    recipe = tiny()
+    folder = RunFolder(tiny_path(recipe))
+    folder.path.mkdir(parents=True)
+    trainer = Trainer(assemble(recipe, device=CPU), folder)
+    trainer.update()
+    trainer.save()
+    trainer.update()
+    real = checkpoint_module.save_file
+
+    def full(tensors, path, *args):
+        if path.name == "optimizer.safetensors":
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, *args)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(CheckpointFailure, match="No space left on device; the previous one, step-000001, is whole"):
+        trainer.save()
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000001"]
+    monkeypatch.undo()
+    again = Trainer(assemble(recipe, device=CPU), folder)
+    again.resume()
+    assert again.step == 1
+
+
+def test_a_student_may_start_from_a_source_and_exports_against_the_base(tiny):
+    """A merged start plus the student's own LoRA, exported as one LoRA, equals the live student."""
+    for mode in ("trainable", "merged"):
+        assembly = assemble(tiny("student.init=edit", f"student.init_mode={mode}"), device=CPU)
+        z, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.8])
+        condition = assembly.method.routes[1].samples(2, torch.Generator()).condition
+        with torch.no_grad():
+            expected = assembly.fields["edit"].velocity(z, sigma, condition)
+            torch.testing.assert_close(assembly.student.model(z, sigma, condition), expected, rtol=1e-4, atol=1e-4)
+            for parameter in assembly.student.parameters.values():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            trained = assembly.student.model(z, sigma, condition)
+            lora = assembly.student.lora()
+            assert lora is not None
+            assert lora.rank == (32 if mode == "trainable" else 64)
+            fresh = assemble(tiny(), device=CPU)
+            from danceopd.fields.adapters import AdapterBackbone, AdapterField
+
+            backbone = AdapterBackbone(fresh.family.new_model())
+            backbone.add("exported", lora_with_prefix(lora))
+            exported = AdapterField(backbone, backbone.module, "exported").velocity(z, sigma, condition)
+        assert float((trained - expected).abs().max()) > 1e-2
+        torch.testing.assert_close(exported, trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_full_student_starts_from_a_merged_source(tiny):
+    assembly = assemble(tiny("student.init=edit", "student.lora=null"), device=CPU)
+    condition = assembly.method.routes[1].samples(2, torch.Generator()).condition
+    z, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        expected = assembly.fields["edit"].velocity(z, sigma, condition)
+        torch.testing.assert_close(assembly.student.model(z, sigma, condition), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_check_predicts_the_calls_that_training_makes(tiny):
+    recipe = tiny("train.batch_size=64", "fields.edit.guidance_scale=2.0", "rollout.num_inference_steps=8")
+    plan = check(recipe)
+    assert len(plan.routes) == 2
+    assert "guidance 2" in plan.routes[1]
+    trainer = Trainer(assemble(recipe, device=CPU), RunFolder(tiny_path(recipe)))
+    trainer.update()
+    trainer.update()
+    assert trainer.calls.train == 128
+    assert trainer.calls.field == pytest.approx(2 * plan.field_calls)
+    assert trainer.calls.rollout == pytest.approx(2 * plan.rollout_calls, rel=0.1)
+
+
+def test_gradient_cosines_are_logged_on_request(tiny):
+    folder = train(tiny("train.steps=2", "train.gradient_cosine_steps=2"))
+    first, second = folder.metrics()
+    assert not any("cosine" in key for key in first)
+    assert -1 <= second["gradient_cosine/edit/t2i"] <= 1
+
+
+def test_evaluation_reproduces_itself_and_damaged_weights_score_lower(tiny):
+    folder = train(tiny("evaluate.scenes_per_task=8", "evaluate.num_inference_steps=8"))
+    first, again = evaluate(folder), evaluate(folder)
+    assert first["models"] == again["models"]
+    assert set(first["models"]) == {"base", "edit", "student"}
+    assembly, _ = load_run(folder, device=CPU)
+    assert set(model_velocities(assembly)) == set(first["models"])
+    path = checkpoints(folder.checkpoints)[-1] / "ema.safetensors"
+    damaged = {name: tensor + torch.randn_like(tensor) for name, tensor in load_tensors(path.parent, "ema").items()}
+    checkpoint_module.save_file(damaged, path)
+    worse = evaluate(folder)
+    assert worse["models"]["student"]["t2i"]["overall"] < first["models"]["student"]["t2i"]["overall"]
+    assert worse["models"]["base"] == first["models"]["base"]
+
+
+def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
+    folder = train(tiny("train.steps=2"))
+    options = {"field": "student", "guidance_scale": 2.0, "num_inference_steps": 2, "seed": 0, "out": tmp_path / "out"}
+    paths = sample_images(folder, prompts=["a red circle", "a square"], image=None, **options)
+    assert [path.exists() for path in paths] == [True, True]
+    edited = sample_images(folder, prompts=["remove the red circle"], image=paths[0], **{**options, "field": "edit"})
+    assert edited[0].name == "edit-0-0.png"
+
+
+def test_ema_warms_up_and_then_decays():
+    weight = torch.zeros(1)
+    ema = EMA([weight], 0.5)
+    weight.fill_(1.0)
+    ema.update([weight])
+    assert float(ema.average[0]) == pytest.approx(0.9)
+    for _ in range(20):
+        ema.update([weight])
+    weight.fill_(0.0)
+    before = float(ema.average[0])
+    ema.update([weight])
+    assert float(ema.average[0]) == pytest.approx(0.5 * before)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])]
+)
+def test_learning_rate_schedules(tiny, name, expected):
+    part = tiny("train.lr_warmup_steps=2", "train.steps=6", f"train.lr_scheduler={name}").train
+    assert [learning_rate_factor(step, part) for step in (0, 1, 2, 4)] == pytest.approx(expected)
+
+
+def tiny_path(recipe):
+    from pathlib import Path
+
+    return Path(recipe.output)
+
+
+def lora_with_prefix(lora):
+    """The family's model holds the network under ``network.``."""
+    from dataclasses import replace
+
+    return replace(lora, weights={f"network.{name}": tensor for name, tensor in lora.weights.items()})
+
+
+CPU_PATH = tiny_path(type("R", (), {"output": "unused"}))
