@@ -57,7 +57,7 @@ def test_mistakes_are_found_and_named(override, message):
 def test_a_missing_key_and_a_missing_or_broken_file_are_named(content, tmp_path):
     broken = copy.deepcopy(content)
     del broken["output"]
-    with pytest.raises(RecipeError, match="r.yaml: missing key 'output'"):
+    with pytest.raises(RecipeError, match=r"r.yaml: missing key 'output'"):
         parse_recipe(broken, where="r.yaml")
     with pytest.raises(RecipeError, match="recipe not found"):
         load_recipe(tmp_path / "none.yaml")

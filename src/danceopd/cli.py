@@ -167,6 +167,18 @@ def sample(
 
 
 @app.command()
+def export(
+    run_folder: RunPath,
+    out: Annotated[Path, typer.Option(help="File to write (.safetensors).")] = Path("student.safetensors"),
+) -> None:
+    """Write the student as one file that fits the original base; it is reloaded and compared before this succeeds."""
+    from danceopd.runs import export as run
+
+    difference = run(RunFolder(run_folder), out)
+    console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}", highlight=False)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -188,6 +200,29 @@ def world_build(
     keep_freed_memory()
     build(out, seed=seed, stages=cut() if quick else STAGES, report=lambda line: console.print(line, highlight=False))
     console.print(f"all sources are in {out}")
+
+
+@world_app.command("evaluate")
+def world_evaluate(
+    scenes_per_task: Annotated[int, typer.Option(min=2, help="Fresh scenes per task.")] = 200,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance of all sources; 1 is none.")] = 1.0,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/world.json"),
+) -> None:
+    """Score the shipped sources on all tasks and edit types: what each can do, and what its training cost."""
+    from danceopd.recipe import EvaluatePart
+    from danceopd.runs import evaluate_world
+
+    part = EvaluatePart(
+        scenes_per_task=scenes_per_task,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+    )
+    report = evaluate_world(part, out)
+    _print_scores(report)
+    console.print("on its own tasks: " + ", ".join(f"{name} {score:.3f}" for name, score in report["own"].items()))
 
 
 def _print_scores(report: dict) -> None:

@@ -12,23 +12,30 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from safetensors.torch import save_file
 
 from danceopd.data.manifest import read_image_file, write_image_file
 from danceopd.distill.query import QueryBand
 from danceopd.distill.schedule import Grid
 from danceopd.distill.solver import VelocityFunction, integrate
 from danceopd.evaluation.shapes import CAPABILITIES, condition_of, evaluate_models, guided
+from danceopd.families.shapes import SOURCES
 from danceopd.fields.guidance import GuidedField
-from danceopd.recipe import EvaluatePart, Recipe, RecipeError
+from danceopd.fields.teachers import save_lora
+from danceopd.recipe import EvaluatePart, Recipe, RecipeError, parse_recipe
 from danceopd.report.page import write_report
 from danceopd.training.assemble import Assembly, assemble, autocast
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints
-from danceopd.training.hardware import keep_freed_memory, pick_device
+from danceopd.training.hardware import keep_freed_memory, pick_device, resolve_precision
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import Trainer, load_run, prepare_recipe
 from danceopd.world.generator import evaluation_set
+from danceopd.world.tasks import EDIT_TASKS, GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS
 
 console = Console()
+
+EXPORT_TOLERANCE = 1e-4
+"""Largest relative difference between a student and its reloaded export, in float32."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,68 @@ def sample_images(
         paths.append(out / f"{field}-{seed}-{index}.png")
         write_image_file(paths[-1], picture)
     return paths
+
+
+def export(folder: RunFolder, out: Path) -> float:
+    """Write the (averaged) student as one safetensors file against the ORIGINAL base, reload it, and compare.
+
+    A LoRA student becomes one LoRA, whatever it started from (ranks concatenated); a full student a full checkpoint.
+
+    Returns:
+        The largest difference between the reloaded model's velocity and the student's own.
+
+    Raises:
+        CheckpointFailure: if the reloaded file does not reproduce the student.
+    """
+    assembly, _ = load_run(folder, device=torch.device("cpu"))
+    family, lora = assembly.family, assembly.student.lora()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if lora is not None:
+        save_lora(lora, out)
+        part = {"exported": {"lora": str(out)}}
+    else:
+        save_file(assembly.student.weights(), out, {"format": "pt"})
+        part = {"exported": {"checkpoint": str(out)}}
+    content = assembly.recipe.model_dump(mode="json") | {"fields": part, "student": {}}
+    content["routes"] = [{"field": "exported", "data": content["routes"][0]["data"]}]
+    reloaded = assemble(parse_recipe(content, where=str(out)), device=torch.device("cpu"))
+    z, sigma = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.5, 0.8, 1.0])
+    condition = family.encode([""] * 4, None)
+    with torch.no_grad():
+        expected = assembly.student.model(z, sigma, condition)
+        difference = float((reloaded.fields["exported"].velocity(z, sigma, condition) - expected).abs().max())
+    if not difference <= EXPORT_TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise CheckpointFailure(f"{out} does not reproduce the student: its velocity differs by {difference:.2g}")
+    return difference
+
+
+def evaluate_world(part: EvaluatePart, out: Path) -> dict[str, Any]:
+    """Score the shipped sources on every task and edit type; write ``out`` (JSON). ``own`` is each on its own tasks."""
+    device = pick_device()
+    keep_freed_memory()
+    sources = {name: {"lora": f"shapes:{name}"} for name in SOURCES if name != "base"}
+    content = {
+        "version": 1,
+        "family": "shapes",
+        "base": "shapes:base",
+        "fields": sources,
+        "routes": [{"field": "edit", "data": {"generator": "shapes/edit"}}],
+        "output": "unused",
+    }
+    assembly = assemble(parse_recipe(content, where="the world"), device=device)
+    models = {"base": assembly.base.velocity} | {name: field.velocity for name, field in assembly.fields.items()}
+    total = sum(len(tasks) for tasks in CAPABILITIES.values()) * part.scenes_per_task * len(models)
+    with Progress(console=console) as progress, autocast(device, resolve_precision("auto", device)):
+        task = progress.add_task("evaluating", total=total)
+        report = evaluate_models(models, assembly.family, part, on_batch=lambda count: progress.advance(task, count))
+    own = {"base": T2I_TASKS, "edit": EDIT_TASKS, "local": LOCAL_EDITS, "global": GLOBAL_EDITS, "realism": T2I_TASKS}
+    scores = {name: {**model["t2i"], **model["edit"]} for name, model in report["models"].items()}
+    report["own"] = {name: round(sum(scores[name][t] for t in tasks) / len(tasks), 4) for name, tasks in own.items()}
+    del report["shown"], report["student_over"]
+    report["hashes"] = assembly.hashes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def _sample_grid_writer(folder: RunFolder) -> Callable[[Assembly, int], None]:

@@ -26,18 +26,24 @@ def euler_step(z: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -
 
 @torch.no_grad()
 def sample(
-    velocity: VelocityFunction, condition: Any, *, shape: tuple[int, ...], grid: Grid, generator: torch.Generator
+    velocity: VelocityFunction,
+    condition: Any,
+    *,
+    shape: tuple[int, ...],
+    grid: Grid,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Integrate from pure noise to data along the whole grid.
 
-    velocity: a student module or a field's ``velocity``. shape: of the result, batch included. Noise is drawn on the
-    generator's device and moved to the condition's by the caller's model, so that a seed means one image everywhere.
+    velocity: a student module or a field's ``velocity``. shape: of the result, batch included. Noise is drawn from the
+    (CPU) generator and then moved to ``device``, so that a seed means the same noise everywhere.
 
     Returns:
         Clean latents, float32, of ``shape``.
     """
-    z = torch.randn(shape, generator=generator)
-    return integrate(velocity, z, condition, grid)
+    noise = torch.randn(shape, generator=generator).to(device)
+    return integrate(velocity, noise, condition, grid)
 
 
 @torch.no_grad()

@@ -36,10 +36,6 @@ class Family(Protocol):
         """The module whose weights checkpoints and adapters are about."""
         ...
 
-    def new_model(self) -> nn.Module:
-        """A second model with the base's weights, sharing nothing with the first."""
-        ...
-
     def resolve(self, reference: str) -> Path:
         """The weight file that a recipe's reference (``family:name`` or a path) means."""
         ...
@@ -58,6 +54,10 @@ class Family(Protocol):
 
     def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
         """The family's guidance operation."""
+        ...
+
+    def load_model(self, path: Path | None = None) -> nn.Module:
+        """Another model, sharing nothing with the first: the base's weights, or a full checkpoint's."""
         ...
 
     def samples(self, examples: Sequence[Example]) -> Samples:

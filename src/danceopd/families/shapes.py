@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -53,9 +52,9 @@ class ShapesFamily:
         load_checkpoint(self.encoder, weights / "text.safetensors")
         self.encoder.requires_grad_(False).eval()
         network = ShapesTransformer()
-        load_checkpoint(network, self.resolve(base))
+        self._base_path = self.resolve(base)
+        load_checkpoint(network, self._base_path)
         self._model = ShapesModel(network).eval()
-        self._base = {name: weight.clone() for name, weight in network.state_dict().items()}
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -66,9 +65,9 @@ class ShapesFamily:
     def network(self) -> ShapesTransformer:
         return self._model.network
 
-    def new_model(self) -> ShapesModel:
+    def load_model(self, path: Path | None = None) -> ShapesModel:
         network = ShapesTransformer()
-        network.load_state_dict(copy.deepcopy(self._base))
+        load_checkpoint(network, path or self._base_path)
         return ShapesModel(network).to(self.device).eval()
 
     def resolve(self, reference: str) -> Path:

@@ -56,9 +56,10 @@ class AdapterBackbone:
             name, LoraConfig(r=lora.rank, lora_alpha=_alpha(lora.alpha * scale), target_modules=list(lora.targets))
         )
         result = set_peft_model_state_dict(self.module, dict(lora.weights), adapter_name=name)
-        unexpected = list(getattr(result, "unexpected_keys", []))
-        if unexpected:
-            raise AdapterMismatch(f"LoRA {name!r} holds tensors that found no place: {', '.join(unexpected[:5])}")
+        if result.unexpected_keys:
+            raise AdapterMismatch(
+                f"LoRA {name!r} holds tensors without a place: {', '.join(result.unexpected_keys[:5])}"
+            )
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
 

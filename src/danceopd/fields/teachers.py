@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from danceopd.fields.adapters import Lora
@@ -87,6 +87,17 @@ def load_lora(path: Path) -> Lora:
             "adapter's strength is unknown"
         ) from error
     return Lora(rank=ranks.pop(), alpha=alpha, weights={name: weight.float() for name, weight in weights.items()})
+
+
+def save_lora(lora: Lora, path: Path) -> None:
+    """Write a LoRA in PEFT's keys with its rank and alpha in the metadata; aside and then renamed."""
+    aside = path.with_suffix(".tmp")
+    save_file(
+        {name: weight.contiguous() for name, weight in lora.weights.items()},
+        aside,
+        {"format": "pt", "rank": str(lora.rank), "alpha": repr(lora.alpha)},
+    )
+    aside.replace(path)
 
 
 def file_hash(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from danceopd.fields.adapters import AdapterBackbone, AdapterField, Lora, combin
 from danceopd.fields.field import ModelField, VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
-from danceopd.fields.teachers import file_hash, load_checkpoint, load_lora, merge_lora
+from danceopd.fields.teachers import file_hash, load_lora, merge_lora
 from danceopd.recipe import FieldPart, Recipe, RecipeError, RoutePart
 from danceopd.states import Samples
 
@@ -55,7 +55,7 @@ class Student:
         self._backbone = backbone
         self._lora = part.lora
         if part.lora is None:
-            self.model = family.new_model()
+            self.model = family.load_model()
             network = self.model.get_submodule("network")
             if start is not None:
                 merge_lora(network, start)
@@ -143,7 +143,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
         if part.mixture is not None:
             fields[name] = MixtureField([fields[member] for member in part.mixture])
     init = recipe.student.init
-    start = None if init == "base" else load_lora(family.resolve(recipe.fields[init].lora or ""))
+    start = None if init == "base" else _start_lora(recipe.fields[init], family)
     student = Student(recipe, family, backbone, start)
     family.to(device)
     student.model.to(device)
@@ -183,9 +183,7 @@ def _field(
         backbone.add(name, load_lora(family.resolve(part.lora)), scale=part.lora_scale)
         field = AdapterField(backbone, family.model, name)
     elif part.checkpoint is not None:
-        model = family.new_model()
-        load_checkpoint(model.get_submodule("network"), family.resolve(part.checkpoint))
-        field = ModelField(model.to(device))
+        field = ModelField(family.load_model(family.resolve(part.checkpoint)).to(device))
     else:
         field = AdapterField(backbone, family.model)
     if part.guidance_scale == 1.0:
@@ -196,6 +194,11 @@ def _field(
         guidance_scale=part.guidance_scale,
         combine=family.guide,
     )
+
+
+def _start_lora(part: FieldPart, family: Family) -> Lora:
+    lora = load_lora(family.resolve(part.lora or ""))
+    return replace(lora, alpha=lora.alpha * part.lora_scale)
 
 
 def _examples(index: int, part: RoutePart, family: Family) -> ExampleSource:
