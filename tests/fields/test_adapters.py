@@ -8,7 +8,7 @@ from conftest import TinyNet
 from torch import nn
 
 import danceopd as d
-from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch, Lora, combined
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch, AdapterModel, Lora, combined
 from danceopd.fields.teachers import merge_lora
 
 TARGETS = ("fc_in", "fc_out")
@@ -108,8 +108,25 @@ def test_several_adapters_at_once_add_up_and_combine_into_one(shared):
     torch.testing.assert_close(call(single), call(merged))
 
 
-def test_student_on_the_shared_backbone_has_zero_loss_against_itself(shared, rng):
+def test_folded_calls_equal_peft_calls_in_values_and_gradients(shared):
     backbone, model = shared
+    with torch.no_grad():
+        for parameter in backbone.parameters("student"):
+            parameter.add_(0.1)
+    z, sigma = torch.randn(5, 4), torch.rand(5)
+    results = []
+    for fold in (False, True):
+        backbone.fold = fold
+        out = AdapterModel(backbone, model, "one", "student")(z, sigma, None)
+        results.append((out.detach(), torch.autograd.grad(out.square().mean(), backbone.parameters("student"))))
+    torch.testing.assert_close(results[0], results[1])
+    assert all(float(gradient.abs().sum()) > 0 for gradient in results[1][1])
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_student_on_the_shared_backbone_has_zero_loss_against_itself(shared, rng, fold):
+    backbone, model = shared
+    backbone.fold = fold
     with torch.no_grad():
         for parameter in backbone.parameters("student"):
             parameter.add_(0.05)
@@ -120,7 +137,7 @@ def test_student_on_the_shared_backbone_has_zero_loss_against_itself(shared, rng
             grid=d.shifted_grid(steps=4),
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            result = method.step(model, batch_size=8, generator=rng)
+            result = method.step(AdapterModel(backbone, model, "student"), batch_size=8, generator=rng)
         assert float(result.loss.detach()) == 0.0
 
 

@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class AdapterMismatch(ValueError):
@@ -40,14 +41,19 @@ class Lora:
 class AdapterBackbone:
     """A module whose linear layers carry several named adapters.
 
+    fold: run a call through W + (alpha / r) B A, formed for that call, instead of through PEFT's two extra products on
+        the activations. The same to rounding and differentiable; it needs room for one copy of the adapted weights
+        during the call and is faster wherever activations outweigh weights (small networks, CPUs).
+
     Raises:
         AdapterMismatch: from ``add`` and ``create``, naming modules that the backbone lacks or shapes that differ.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, fold: bool = False) -> None:
         self.module = module.requires_grad_(False).eval()
+        self.fold = fold
         self.names: list[str] = []
-        self._layers: list[BaseTunerLayer] = []
+        self._layers: list[LoraLayer] = []
 
     def add(self, name: str, lora: Lora, *, scale: float = 1.0) -> None:
         """Put a loaded LoRA on the backbone, frozen."""
@@ -135,6 +141,19 @@ class AdapterBackbone:
         """Let forward passes outside any ``use`` go through these adapters (the student's)."""
         self._switch(names)
 
+    def folded(self, model: nn.Module, *names: str) -> dict[str, Tensor]:
+        """``model``'s adapted weights with the adapters' deltas added, by parameter name, differentiable."""
+        known = {id(parameter): name for name, parameter in model.named_parameters()}
+        weights = {}
+        for layer in self._layers:
+            weight = layer.get_base_layer().weight
+            with torch.autocast(weight.device.type, enabled=False):
+                for name in names:
+                    if name in layer.lora_A:
+                        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+            weights[known[id(layer.get_base_layer().weight)]] = weight
+        return weights
+
     def _switch(self, names: Sequence[str]) -> None:
         for layer in self._layers:
             layer._active_adapter, layer._disable_adapters = list(names), not names
@@ -150,7 +169,7 @@ class AdapterBackbone:
             raise AdapterMismatch(f"LoRA {name!r} does not fit this backbone: {error}") from error
         for key, value in self.module.named_parameters():
             value.requires_grad_(key in trainable)
-        self._layers = [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)]
+        self._layers = [layer for layer in self.module.modules() if isinstance(layer, LoraLayer)]
         self.names.append(name)
         self._switch(())
         for layer, adapters, disabled in active:
@@ -159,9 +178,7 @@ class AdapterBackbone:
     def _check(self, name: str, lora: Lora) -> None:
         shapes = {key: value for key, value in self.module.named_modules() if isinstance(value, nn.Linear)}
         layers = {
-            key: value.get_base_layer()
-            for key, value in self.module.named_modules()
-            if isinstance(value, BaseTunerLayer)
+            key: value.get_base_layer() for key, value in self.module.named_modules() if isinstance(value, LoraLayer)
         }
         shapes |= {key: value for key, value in layers.items() if isinstance(value, nn.Linear)}
         missing = [target for target in lora.targets if target not in shapes]
@@ -183,23 +200,35 @@ def _alpha(alpha: float) -> int:
     return cast(int, alpha)
 
 
-class AdapterField:
-    """A frozen field on a shared backbone: the base (no adapter) or the base under one or more adapters.
+class AdapterModel(nn.Module):
+    """``model`` under chosen adapters of its backbone (none: the bare base), called like the model itself.
 
     model: ``model(z, sigma, condition) -> v``, whose network is (or contains) ``backbone.module``.
     """
 
+    def __init__(self, backbone: AdapterBackbone, model: nn.Module, *adapters: str) -> None:
+        super().__init__()
+        self.backbone, self.model, self.adapters = backbone, model, adapters
+
+    def forward(self, z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+        if not self.backbone.fold or not self.adapters:
+            with self.backbone.use(*self.adapters):
+                return self.model(z, sigma, condition)
+        with self.backbone.use():
+            return functional_call(self.model, self.backbone.folded(self.model, *self.adapters), (z, sigma, condition))
+
+
+class AdapterField:
+    """A frozen field on a shared backbone; see ``AdapterModel``."""
+
     calls_per_velocity = 1
 
     def __init__(self, backbone: AdapterBackbone, model: nn.Module, *adapters: str) -> None:
-        self.backbone = backbone
-        self.model = model
-        self.adapters = adapters
+        self.model = AdapterModel(backbone, model, *adapters)
 
     @torch.no_grad()
     def velocity(self, z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
-        with self.backbone.use(*self.adapters):
-            return self.model(z, sigma, condition)
+        return self.model(z, sigma, condition)
 
 
 def combined(parts: Sequence[tuple[Lora, float]]) -> Lora:

@@ -19,7 +19,7 @@ from danceopd.distill.routing import Route
 from danceopd.distill.step import DanceOPD
 from danceopd.families.family import Family
 from danceopd.families.shapes import ShapesFamily
-from danceopd.fields.adapters import AdapterBackbone, AdapterField, Lora, combined
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora, combined
 from danceopd.fields.field import ModelField, VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
@@ -54,6 +54,7 @@ class Student:
         """The LoRA that stands, frozen or merged, under what is trained."""
         self._backbone = backbone
         self._lora = part.lora
+        self.model: nn.Module
         if part.lora is None:
             self.model = family.load_model()
             network = self.model.get_submodule("network")
@@ -63,7 +64,7 @@ class Student:
             network.requires_grad_(True)
             self.parameters: dict[str, nn.Parameter] = dict(network.named_parameters())
             return
-        self.model, self.network = family.model, family.network
+        self.network = family.network
         if self.start is not None:
             backbone.add(START, self.start)
         backbone.create(
@@ -74,7 +75,9 @@ class Student:
             generator=torch.Generator().manual_seed(recipe.train.seed),
             start=start if part.init_mode == "trainable" else None,
         )
-        backbone.activate(*([START] if self.start is not None else []), STUDENT)
+        adapters = [STUDENT] if self.start is None else [START, STUDENT]
+        backbone.activate(*adapters)
+        self.model = AdapterModel(backbone, family.model, *adapters)
         self.parameters = dict(backbone.named_parameters(STUDENT))
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -133,7 +136,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
         raise RecipeError(f"unknown family {recipe.family!r}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[recipe.family](recipe.base)
     references = [recipe.base]
-    backbone = AdapterBackbone(family.network)
+    backbone = AdapterBackbone(family.network, fold=device.type == "cpu")
     fields: dict[str, VelocityField] = {}
     for name, part in recipe.fields.items():
         if part.mixture is None:

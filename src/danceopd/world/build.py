@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
 from danceopd.world.render import render
@@ -36,7 +36,7 @@ class Stage:
 
     tasks: the tasks drawn, uniformly; a leading part of them may be text-to-image, the rest edits.
     style: forced scene style, or None.
-    rank: LoRA rank (alpha equals it), or 0 to train all weights.
+    rank: LoRA rank (alpha equals it), or 0 to train all weights. LoRA runs folded, through W + B A.
     learning_rate: of AdamW; matrices of the transformer blocks take Muon at ten times this when ``rank`` is 0.
     decay: share of the steps, at the end, over which the learning rate falls linearly to 0.
     """
@@ -108,9 +108,31 @@ def train_text_encoder(seed: int, device: torch.device, report: Callable[[str], 
     return encoder.requires_grad_(False).eval()
 
 
+def new_lora(network: nn.Module, rank: int, generator: torch.Generator) -> dict[str, nn.Parameter]:
+    """A LoRA for the network's default targets under PEFT's keys: A uniform in +-1 / sqrt(in), B zero."""
+    lora = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LORA_TARGETS:
+            fresh = torch.rand(rank, module.in_features, generator=generator) * 2 - 1
+            lora[f"{name}.lora_A.weight"] = nn.Parameter((fresh / module.in_features**0.5).to(module.weight.device))
+            lora[f"{name}.lora_B.weight"] = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
+    return lora
+
+
+def folded(network: nn.Module, lora: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The network's adapted weights with the LoRA (alpha = rank) added, by parameter name."""
+    weights = dict(network.named_parameters())
+    targets = [name.removesuffix(".lora_A.weight") for name in lora if name.endswith(".lora_A.weight")]
+    return {
+        f"{name}.weight": weights[f"{name}.weight"] + lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+        for name in targets
+    }
+
+
 def train_stage(
     stage: Stage,
     network: nn.Module,
+    trained: dict[str, nn.Parameter],
     encoder: TextEncoder,
     *,
     seed: int,
@@ -121,10 +143,9 @@ def train_stage(
 ) -> dict[str, Tensor]:
     """Flow matching on the stage's data: loss = mean |v(z_sigma, sigma, c) - (eps - x)|^2, sigma logit-normal.
 
-    Continues from ``resume_file`` where it exists and writes it every minute. Returns the averaged (EMA) trained
-    weights by name.
+    ``trained`` is the network's own parameters or a LoRA's. Continues from ``resume_file`` where it exists and writes
+    it every minute. Returns the averaged (EMA) trained weights by name.
     """
-    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     average = {name: weight.detach().clone() for name, weight in trained.items()}
     optimizers = _optimizers(stage, trained)
     generator = torch.Generator().manual_seed(seed)
@@ -153,8 +174,10 @@ def train_stage(
         z = ((1 - scale_z) * clean + scale_z * noise).to(device)
         with torch.no_grad():
             tokens, pooled = encoder(tokenize(captions).to(device))
+        weights = folded(network, trained) if stage.rank else {}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            velocity = network(z, sigma.to(device), tokens, pooled, None if source is None else source.to(device))
+            inputs = (z, sigma.to(device), tokens, pooled, None if source is None else source.to(device))
+            velocity = functional_call(network, weights, inputs)
         loss = ((velocity - (noise - clean).to(device)) ** 2).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -216,19 +239,15 @@ def build(
             if stage.rank:
                 network.load_state_dict(load_file(folder / "base.safetensors"))
                 network.requires_grad_(False)
-                config = LoraConfig(r=stage.rank, lora_alpha=stage.rank, target_modules=list(LORA_TARGETS))
-                inject_adapter_in_model(config, network, "default")
         resume_file = folder / f"{stage.name}.resume"
-        average = train_stage(stage, network, encoder, seed=seed, device=device, resume_file=resume_file, report=report)
+        trained = dict(network.named_parameters())
         if stage.rank:
-            for name, weight in network.named_parameters():
-                if name in average:
-                    weight.data.copy_(average[name])
-            content = get_peft_model_state_dict(network, adapter_name="default")
-            metadata = {"rank": str(stage.rank), "alpha": str(stage.rank), "format": "pt"}
-        else:
-            content, metadata = average, {"format": "pt"}
-        _save(content, target, metadata)
+            trained = new_lora(network, stage.rank, torch.Generator().manual_seed(seed))
+        average = train_stage(
+            stage, network, trained, encoder, seed=seed, device=device, resume_file=resume_file, report=report
+        )
+        strength = {"rank": str(stage.rank), "alpha": str(stage.rank)} if stage.rank else {}
+        _save(average, target, {"format": "pt", **strength})
         resume_file.unlink(missing_ok=True)
         report(f"{stage.name}: built")
 
