@@ -106,8 +106,10 @@ def route_gradient_cosines(result: StepResult, parameters: Sequence[Tensor]) -> 
     """
     flat = {}
     for name, route in result.routes.items():
-        gradients = torch.autograd.grad(route.loss, list(parameters), retain_graph=True, allow_unused=True)
-        flat[name] = torch.cat([g.flatten().double() for g in gradients if g is not None])
+        gradients = torch.autograd.grad(
+            route.loss, list(parameters), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        flat[name] = torch.cat([gradient.flatten().double() for gradient in gradients])
     names = sorted(flat)
     return {
         (a, b): float(torch.nn.functional.cosine_similarity(flat[a], flat[b], dim=0))

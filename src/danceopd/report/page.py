@@ -60,16 +60,17 @@ def _table(evaluation: dict[str, Any], capability: str) -> dict[str, Any]:
 
 
 def _verdicts(evaluation: dict[str, Any]) -> list[str]:
-    """What the student keeps of each source, on the capability that the source is better at."""
-    words = {"t2i": "text-to-image", "edit": "editing"}
+    """What the student keeps of the best source of each capability."""
+    words = {"t2i": "Text to image", "edit": "Editing"}
     lines = []
-    for name, ratios in evaluation["student_over"].items():
-        for capability, ratio in ratios.items():
-            if ratio is None:
-                continue
+    for capability in _capabilities(evaluation):
+        scores = {name: model[capability]["overall"] for name, model in evaluation["models"].items()}
+        best = max((name for name in scores if name != "student"), key=lambda name: scores[name])
+        ratio = evaluation["student_over"][best][capability]
+        if ratio is not None:
             lines.append(
-                f"{words[capability]}: the student scores {ratio['value']:.2f} x {name} "
-                f"(95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
+                f"{words[capability]}: the student scores {scores['student']:.3f}, {best} {scores[best]:.3f}; that is "
+                f"{ratio['value']:.2f} of it (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, paired by scene)"
             )
     return lines
 

@@ -54,10 +54,10 @@ class Stage:
 
 STAGES = (
     Stage(name="base", tasks=T2I_TASKS, steps=13000, learning_rate=2e-3, rank=0),
-    Stage(name="edit", tasks=EDIT_TASKS, steps=4000, learning_rate=2e-3),
-    Stage(name="local", tasks=LOCAL_EDITS, steps=2500, learning_rate=2e-3),
-    Stage(name="global", tasks=GLOBAL_EDITS, steps=1500, learning_rate=2e-3),
-    Stage(name="realism", tasks=T2I_TASKS, steps=800, learning_rate=1e-3, style="shaded"),
+    Stage(name="edit", tasks=EDIT_TASKS, steps=2400, learning_rate=2e-3),
+    Stage(name="local", tasks=LOCAL_EDITS, steps=1200, learning_rate=2e-3),
+    Stage(name="global", tasks=GLOBAL_EDITS, steps=700, learning_rate=2e-3),
+    Stage(name="realism", tasks=T2I_TASKS, steps=500, learning_rate=1e-3, style="shaded"),
 )
 TEXT_STEPS = 1200
 
