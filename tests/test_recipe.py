@@ -41,6 +41,8 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ("routes.0.field=t2", r"routes.0.field: .*did you mean 't2i'"),
         ("routes.0.data.generator=null", "exactly one of 'generator' and 'manifest'"),
         ("routes.0.name=edit", "different names"),
+        ("routes.0={field: t2i}", "missing key 'routes.0.data'"),
+        ("routes=[]", "routes: "),
         ("fields.t2i.lora=x", "exactly one of"),
         ("fields.soft={mixture: [t2i, eidt]}", "'eidt' is not a plain field"),
         ("student.init=t2i", "neither 'base' nor the name of a LoRA field"),

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,9 @@ import pytest
 import torch
 
 from danceopd import runs
+from danceopd.data.manifest import write_image_file
 from danceopd.fields.teachers import read_safetensors, save_lora
+from danceopd.recipe import RecipeError
 from danceopd.runs import check, evaluate, export, model_velocities, sample_images, train
 from danceopd.training import checkpoint as checkpoint_module
 from danceopd.training.assemble import assemble
@@ -159,6 +162,25 @@ def test_check_predicts_the_calls_that_training_makes(tiny):
     assert trainer.calls.train == 128
     assert trainer.calls.field == pytest.approx(2 * plan.field_calls)
     assert trainer.calls.rollout == pytest.approx(2 * plan.rollout_calls, rel=0.1)
+
+
+def manifest_recipe(tiny, tmp_path, *lines):
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return tiny(f"routes.0.data={{manifest: {tmp_path / 'm.jsonl'}}}")
+
+
+def test_manifests_train_like_generators(tiny, tmp_path):
+    folder = train(manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"}, {"prompt": "two squares"}))
+    assert len(folder.metrics()) == 6
+
+
+def test_manifest_lines_that_the_family_cannot_take_are_named_before_training(tiny, tmp_path):
+    with pytest.raises(RecipeError, match=r"line 2: .*did you mean 'circle'"):
+        assemble(manifest_recipe(tiny, tmp_path, {"prompt": "a circle"}, {"prompt": "a circel"}), device=CPU)
+    write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
+    lines = [{"instruction": "remove the red circle", "source": "large.png"}]
+    with pytest.raises(RecipeError, match=r"line 1: .*\(3, 64, 64\), needed \(3, 32, 32\)"):
+        assemble(manifest_recipe(tiny, tmp_path, *lines), device=CPU)
 
 
 def test_gradient_cosines_are_logged_on_request(tiny):

@@ -54,6 +54,8 @@ class Manifest:
             raise ManifestError(f"manifest not found: {path}")
         self.path = path
         self.lines: list[ManifestLine] = []
+        self.numbers: list[int] = []
+        """Line number in the file of each example."""
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if not text.strip():
                 continue
@@ -71,6 +73,7 @@ class Manifest:
                     except ManifestError as error:
                         raise ManifestError(f"{path}, line {number}, {kind}: {error}") from error
             self.lines.append(line)
+            self.numbers.append(number)
         if not self.lines:
             raise ManifestError(f"{path} holds no example; a route needs at least one line")
         if len({line.source is None for line in self.lines}) != 1:

@@ -7,6 +7,7 @@ called between its forward and its backward pass. Nothing here touches ``require
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ class AdapterBackbone:
         trainable = {key for key, value in self.module.named_parameters() if value.requires_grad}
         active = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         try:
-            inject_adapter_in_model(config, self.module, name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the purpose
+                inject_adapter_in_model(config, self.module, name)
         except ValueError as error:
             raise AdapterMismatch(f"LoRA {name!r} does not fit this backbone: {error}") from error
         for key, value in self.module.named_parameters():

@@ -213,7 +213,11 @@ def _examples(index: int, part: RoutePart, family: Family) -> ExampleSource:
     manifest = Manifest(Path(part.data.manifest or ""))
     if manifest.edits and not family.can_edit:
         raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.path} holds edits")
-    family.samples([manifest[position] for position in range(min(len(manifest), 4))])
+    for position in range(len(manifest)):
+        try:
+            family.samples([manifest[position]])
+        except ValueError as error:
+            raise RecipeError(f"{manifest.path}, line {manifest.numbers[position]}: {error}") from error
     return manifest
 
 
