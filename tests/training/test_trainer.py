@@ -191,7 +191,7 @@ def test_gradient_cosines_are_logged_on_request(tiny):
 
 
 def test_evaluation_reproduces_itself_and_damaged_weights_score_lower(tiny):
-    folder = train(tiny("evaluate.scenes_per_task=8", "evaluate.num_inference_steps=8"))
+    folder = train(tiny("student.init=base", "evaluate.scenes_per_task=8", "evaluate.num_inference_steps=8"))
     first, again = evaluate(folder), evaluate(folder)
     assert first["models"] == again["models"]
     assert set(first["models"]) == {"base", "edit", "student"}
