@@ -147,12 +147,14 @@ class AdapterBackbone:
         known = {id(parameter): name for name, parameter in model.named_parameters()}
         weights = {}
         for layer in self._layers:
-            weight = layer.get_base_layer().weight
-            with torch.autocast(weight.device.type, enabled=False):
+            own = layer.get_base_layer().get_parameter("weight")
+            weight: Tensor = own
+            with torch.autocast(own.device.type, enabled=False):
                 for name in names:
                     if name in layer.lora_A:
-                        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
-            weights[known[id(layer.get_base_layer().weight)]] = weight
+                        a, b = (side[name].get_parameter("weight") for side in (layer.lora_A, layer.lora_B))
+                        weight = weight + layer.scaling[name] * (b @ a)
+            weights[known[id(own)]] = weight
         return weights
 
     def _switch(self, names: Sequence[str]) -> None:
