@@ -40,7 +40,11 @@ def test_only_the_student_changes_and_the_last_checkpoints_are_kept(tiny):
 
 def test_accumulation_averages_micro_batches_and_keeps_one_route_per_update(tiny):
     recipe = tiny(
-        "train.gradient_accumulation_steps=4", "routing.per=step", "train.batch_size=8", "train.max_grad_norm=1e9"
+        "student.init=base",
+        "train.gradient_accumulation_steps=4",
+        "routing.per=step",
+        "train.batch_size=8",
+        "train.max_grad_norm=1e9",
     )
     trainer = Trainer(assemble(recipe, device=CPU), RunFolder(tiny_path(recipe)))
     trainer.optimizer.step = lambda: None
@@ -152,7 +156,7 @@ def test_a_full_student_starts_from_a_merged_source(tiny):
 
 
 def test_check_predicts_the_calls_that_training_makes(tiny):
-    recipe = tiny("train.batch_size=64", "fields.edit.guidance_scale=2.0", "rollout.num_inference_steps=8")
+    recipe = tiny("train.batch_size=64", "fields.edit.guidance_scale=2.0", "query.band=low_noise")
     plan = check(recipe)
     assert len(plan.routes) == 2
     assert "guidance 2" in plan.routes[1]
