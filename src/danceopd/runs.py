@@ -213,7 +213,8 @@ def sample_images(
     """Draw one PNG per prompt with the student or a named field.
 
     Raises:
-        RecipeError: for a field the run does not have. UnknownWord, ManifestError: for a prompt or image.
+        RecipeError: for a field the run does not have, or a prompt or image that the family cannot take.
+        ManifestError: for an image file that cannot be read.
     """
     device = pick_device()
     assembly, _ = load_run(folder, device=device)
@@ -222,7 +223,10 @@ def sample_images(
         raise RecipeError(f"{folder.path} has no field {field!r}; it has {', '.join(models)}")
     family = assembly.family
     sources = None if image is None else [read_image_file(image)] * len(prompts)
-    condition = family.encode(prompts, sources)
+    try:
+        condition = family.encode(prompts, sources)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     noise = torch.randn(len(prompts), 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(device)
     with autocast(device, assembly.recipe.train.precision):
         velocity = guided(models[field], family, guidance_scale)
@@ -249,12 +253,13 @@ def export(folder: RunFolder, out: Path) -> float:
     assembly, _ = load_run(folder, device=torch.device("cpu"))
     family, lora = assembly.family, assembly.student.lora()
     out.parent.mkdir(parents=True, exist_ok=True)
+    unverified = out.with_name(f".unverified-{out.name}")
     if lora is not None:
-        save_lora(lora, out)
-        part = {"exported": {"lora": str(out)}}
+        save_lora(lora, unverified)
+        part = {"exported": {"lora": str(unverified)}}
     else:
-        save_file(assembly.student.weights(), out, {"format": "pt"})
-        part = {"exported": {"checkpoint": str(out)}}
+        save_file(assembly.student.weights(), unverified, {"format": "pt"})
+        part = {"exported": {"checkpoint": str(unverified)}}
     content = assembly.recipe.model_dump(mode="json") | {"fields": part, "student": {}}
     content["routes"] = [{"field": "exported", "data": content["routes"][0]["data"]}]
     reloaded = assemble(parse_recipe(content, where=str(out)), device=torch.device("cpu"))
@@ -264,7 +269,11 @@ def export(folder: RunFolder, out: Path) -> float:
         expected = assembly.student.model(z, sigma, condition)
         difference = float((reloaded.fields["exported"].velocity(z, sigma, condition) - expected).abs().max())
     if not difference <= EXPORT_TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise CheckpointFailure(f"{out} does not reproduce the student: its velocity differs by {difference:.2g}")
+        unverified.unlink()
+        raise CheckpointFailure(
+            f"the export does not reproduce the student: velocities differ by {difference:.2g}; {out} was not written"
+        )
+    unverified.replace(out)
     return difference
 
 

@@ -144,6 +144,7 @@ def test_an_export_that_does_not_reproduce_the_student_is_refused(tiny, tmp_path
     monkeypatch.setattr(runs, "save_lora", wrong)
     with pytest.raises(CheckpointFailure, match="does not reproduce the student"):
         export(folder, tmp_path / "out.safetensors")
+    assert not list(tmp_path.glob("*out.safetensors"))
 
 
 def test_a_full_student_starts_from_a_merged_source(tiny):
@@ -187,6 +188,13 @@ def test_manifest_lines_that_the_family_cannot_take_are_named_before_training(ti
         assemble(manifest_recipe(tiny, tmp_path, *lines), device=CPU)
 
 
+def test_data_states_over_a_manifest_without_targets_are_refused_before_training(tiny, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "a circle"}))
+    recipe = tiny(f"routes.0.data={{manifest: {tmp_path / 'm.jsonl'}}}", "query.states=data")
+    with pytest.raises(RecipeError, match=r"line 1: .*'target'"):
+        assemble(recipe, device=CPU)
+
+
 def test_gradient_cosines_are_logged_on_request(tiny):
     folder = train(tiny("train.steps=2", "train.gradient_cosine_steps=2"))
     first, second = folder.metrics()
@@ -216,6 +224,9 @@ def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
     assert [path.exists() for path in paths] == [True, True]
     edited = sample_images(folder, prompts=["remove the red circle"], image=paths[0], **{**options, "field": "edit"})
     assert edited[0].name == "edit-0-0.png"
+    write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
+    with pytest.raises(RecipeError, match=r"\(3, 64, 64\), needed"):
+        sample_images(folder, prompts=["remove the circle"], image=tmp_path / "large.png", **options)
 
 
 def test_ema_warms_up_and_then_decays():

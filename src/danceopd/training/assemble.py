@@ -153,7 +153,9 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
     buckets, routes = {}, []
     for index, part in enumerate(recipe.routes):
         name = part.name or part.field
-        buckets[name] = Bucket(_examples(index, part, family), seed=recipe.train.seed * 1000 + index)
+        buckets[name] = Bucket(
+            _examples(index, part, family, recipe.query.states), seed=recipe.train.seed * 1000 + index
+        )
         routes.append(
             Route(
                 name,
@@ -204,7 +206,7 @@ def _start_lora(part: FieldPart, family: Family) -> Lora:
     return replace(lora, alpha=lora.alpha * part.lora_scale)
 
 
-def _examples(index: int, part: RoutePart, family: Family) -> ExampleSource:
+def _examples(index: int, part: RoutePart, family: Family, states: str) -> ExampleSource:
     if part.data.generator is not None:
         try:
             return family.generator(part.data.generator, size=part.data.size, seed=part.data.seed)
@@ -214,6 +216,10 @@ def _examples(index: int, part: RoutePart, family: Family) -> ExampleSource:
     if manifest.edits and not family.can_edit:
         raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.path} holds edits")
     for position in range(len(manifest)):
+        if states == "data" and manifest.lines[position].target is None:
+            raise RecipeError(
+                f"{manifest.path}, line {manifest.numbers[position]}: states 'data' needs a 'target' on every line"
+            )
         try:
             family.samples([manifest[position]])
         except ValueError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def save_checkpoint(
             shutil.rmtree(target)
         aside.rename(target)
         _sync(folder)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = latest_checkpoint(folder)
         raise CheckpointFailure(
