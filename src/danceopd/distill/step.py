@@ -72,7 +72,7 @@ class DanceOPD:
                 z, at = rolled.states[:, k], Query(query.step[:, k : k + 1], query.sigma[:, k : k + 1])
                 sigma = at.sigma[:, 0].to(self.device)
                 target, field_calls = routed_velocity(self.routes, batch, z, sigma)
-                torch.clear_autocast_cache()  # weights cast without gradient above must not serve the pass below
+                torch.clear_autocast_cache()  # a guard: weights cast without gradient must not serve the pass below
                 velocity = student(z, sigma, batch.condition)
                 losses = self.objective.losses(velocity, target, at, self.grid, self.query)
                 if backward is not None:
