@@ -15,8 +15,6 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 
 from danceopd.data.manifest import read_image_file, write_image_file
-from danceopd.distill.query import QueryBand
-from danceopd.distill.schedule import Grid
 from danceopd.distill.solver import VelocityFunction, integrate
 from danceopd.evaluation.shapes import CAPABILITIES, condition_of, evaluate_models, guided
 from danceopd.families.shapes import SOURCES
@@ -54,8 +52,7 @@ def plan(assembly: Assembly) -> Plan:
     """Predicted network calls and memory of an assembled recipe."""
     recipe, method = assembly.recipe, assembly.method
     shares = method.router.shares.tolist()
-    batch, k = recipe.train.batch_size, recipe.query.per_rollout
-    depth = expected_rollout_calls(method.query, method.grid)
+    batch = recipe.train.batch_size
     sentences = []
     for route, share, part in zip(method.routes, shares, recipe.routes, strict=True):
         field = recipe.fields[part.field]
@@ -67,23 +64,18 @@ def plan(assembly: Assembly) -> Plan:
             f"{route.name}: {share:.0%} of samples, taught by {what}{guided_words}, on {data} "
             f"({len(assembly.buckets[route.name].source)} inputs), prompt dropout {route.dropout:g}"
         )
-    field_calls = sum(
-        share * route.field.calls_per_velocity for route, share in zip(method.routes, shares, strict=True)
-    )
-    rollout = {"student": depth, "teacher": depth * field_calls, "data": 0.0}[recipe.query.states]
+    calls = method.expected_calls()
     trained = sum(parameter.numel() for parameter in assembly.student.parameters.values())
     network = sum(parameter.numel() * parameter.element_size() for parameter in assembly.family.network.parameters())
     # Trained weights carry a gradient, two Adam moments and an average, all float32.
     return Plan(
-        tuple(sentences), batch * rollout, batch * k * field_calls, batch * k, trained, (network + trained * 16) / 2**20
+        tuple(sentences),
+        batch * calls.rollout,
+        batch * calls.field,
+        batch * calls.train,
+        trained,
+        (network + trained * 16) / 2**20,
     )
-
-
-def expected_rollout_calls(query: QueryBand, grid: Grid) -> float:
-    """Expected Euler steps per rollout, by drawing 4000 queries."""
-    drawn = query.draw(4000, grid, torch.Generator().manual_seed(0))
-    between = drawn.sigma < grid.sigmas[drawn.step]
-    return float((drawn.step + between.long()).amax(dim=1).double().mean())
 
 
 def check(recipe: Recipe) -> Plan:

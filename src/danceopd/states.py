@@ -135,6 +135,15 @@ class NetworkCalls:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpectedCalls:
+    """Per-sample network evaluations that one training sample costs, in expectation."""
+
+    rollout: float
+    field: float
+    train: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouteResult:
     """One route's part in an update. ``loss`` is the mean over its samples and still carries the graph."""
 

@@ -22,6 +22,12 @@ class RoutedBatch:
     shape: tuple[int, ...]
     target: Tensor | None
 
+    def repeated(self, times: int) -> RoutedBatch:
+        """Each sample ``times`` over, copies side by side."""
+        index = torch.arange(len(self.route)).repeat_interleave(times)
+        target = None if self.target is None else self.target[index]
+        return RoutedBatch(self.route[index], select(self.condition, index), self.shape, target)
+
 
 def draw_batches(
     routes: Sequence[Route], chosen: Tensor, generator: torch.Generator, device: torch.device | str

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from danceopd.distill.query import QueryBand
 from danceopd.distill.schedule import Grid
+from danceopd.distill.sde import divergence_weights
 from danceopd.states import Query
 
 KL_ETA = 0.7
@@ -42,18 +43,9 @@ class VelocityMSE:
 
     def step_weights(self, grid: Grid, band: QueryBand) -> Tensor:
         """Weight of each step, with mean 1 under the band: float32 [N]."""
-        sigma = grid.sigmas.double()
-        here, size = sigma[:-1], -sigma.diff()
         if self.weighting == "none":
             return torch.ones(grid.steps)
-        if self.weighting == "timestep":
-            raw = 1 - here
-        else:
-            inside = torch.where(here >= 1, sigma[1:], here)
-            if bool((inside <= 0).any()):
-                raise ValueError("the KL weight needs a grid of at least two steps")
-            squared_s = KL_ETA**2 * inside / (1 - inside)
-            raw = size * (1 + squared_s * (1 - here) / (2 * here)) ** 2 / (2 * squared_s)
+        raw = 1 - grid.sigmas.double()[:-1] if self.weighting == "timestep" else divergence_weights(grid, KL_ETA)
         mean = (raw * band.step_probabilities(grid)).sum()
         if mean <= 0:
             raise ValueError(f"the {self.weighting} weight is zero everywhere on this band and grid")

@@ -33,6 +33,10 @@ class QueryBand(Protocol):
         """Probability of each step 0..N-1 for one query: float64 [N]."""
         ...
 
+    def expected_depth(self, grid: Grid) -> float:
+        """Euler steps that a rollout takes to its last query, in expectation."""
+        ...
+
 
 @dataclass(frozen=True)
 class BetaQuery:
@@ -69,6 +73,9 @@ class BetaQuery:
             edges = 1 - grid.sigmas.double()
             edges[0], edges[-1] = 0.0, 1.0
         return self._cdf(edges).diff()
+
+    def expected_depth(self, grid: Grid) -> float:
+        return _mean_depth(self, grid)
 
     def _table(self) -> tuple[Tensor, Tensor]:
         """The CDF at evenly spaced points, by the midpoint rule: (u [P + 1], F(u) [P + 1])."""
@@ -108,6 +115,9 @@ class StratifiedQuery:
     def step_probabilities(self, grid: Grid) -> Tensor:
         return BetaQuery(1.0, 1.0, self.over).step_probabilities(grid)
 
+    def expected_depth(self, grid: Grid) -> float:
+        return _mean_depth(self, grid)
+
 
 def low_noise(**options) -> BetaQuery:
     """Beta(5, 2), the paper's choice: mean step 10.9 of 16."""
@@ -137,6 +147,13 @@ BANDS = {
     "stratified": StratifiedQuery,
 }
 """The recipe's names for query bands."""
+
+
+def _mean_depth(band: QueryBand, grid: Grid) -> float:
+    """Mean over 4000 drawn queries."""
+    drawn = band.draw(4000, grid, torch.Generator().manual_seed(0))
+    between = drawn.sigma < grid.sigmas[drawn.step]
+    return float((drawn.step + between.long()).amax(dim=1).double().mean())
 
 
 def _uniform(batch: int, count: int, generator: torch.Generator) -> Tensor:

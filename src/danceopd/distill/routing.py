@@ -101,3 +101,9 @@ class Router:
 def router_for(routes: Sequence[Route], per: Literal["sample", "step"], stratified: bool = False) -> Router:
     """A router with the routes' weights."""
     return Router(tuple(route.weight for route in routes), per, stratified)
+
+
+def expected_field_calls(routes: Sequence[Route]) -> float:
+    """Network evaluations that one query of the routed fields costs, averaged over the routes' shares."""
+    shares = router_for(routes, "sample").shares.tolist()
+    return sum(share * route.field.calls_per_velocity for share, route in zip(shares, routes, strict=True))

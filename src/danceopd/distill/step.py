@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from danceopd.distill.batch import draw_batches, routed_velocity
+from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.objective import VelocityMSE
 from danceopd.distill.query import BetaQuery, QueryBand
 from danceopd.distill.query_states import StateSource, queried_states
-from danceopd.distill.routing import Route, Router, router_for
+from danceopd.distill.routing import Route, Router, expected_field_calls, router_for
 from danceopd.distill.schedule import Grid
-from danceopd.states import NetworkCalls, Query, RouteResult, StepResult
+from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,13 @@ class DanceOPD:
     def router(self) -> Router:
         return router_for(self.routes, self.per, self.stratified)
 
+    def expected_calls(self) -> ExpectedCalls:
+        """Network calls that one training sample costs, in expectation."""
+        depth, per_velocity = self.query.expected_depth(self.grid), expected_field_calls(self.routes)
+        rollouts = {"student": depth, "teacher": depth * per_velocity, "data": 0.0}[self.states]
+        queries = self.query.per_rollout
+        return ExpectedCalls(rollout=rollouts, field=queries * per_velocity, train=queries)
+
     def step(
         self,
         student: nn.Module,
@@ -61,7 +69,7 @@ class DanceOPD:
                 result's losses are then detached.
         """
         chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []  # per query: route of each sample, its loss, its sigma
+        losses = UpdateLosses(self.routes, batch_size * self.query.per_rollout, backward)
         calls = NetworkCalls()
         for batch in draw_batches(self.routes, chosen, generator, self.device):
             query = self.query.draw(len(batch.route), self.grid, generator)
@@ -74,29 +82,9 @@ class DanceOPD:
                 target, field_calls = routed_velocity(self.routes, batch, z, sigma)
                 torch.clear_autocast_cache()  # a guard: weights cast without gradient must not serve the pass below
                 velocity = student(z, sigma, batch.condition)
-                losses = self.objective.losses(velocity, target, at, self.grid, self.query)
-                if backward is not None:
-                    backward(losses.sum() / (batch_size * self.query.per_rollout))
-                    losses = losses.detach()
-                parts.append((batch.route, losses, at.sigma[:, 0]))
+                losses.add(batch.route, self.objective.losses(velocity, target, at, self.grid, self.query), sigma)
                 calls += NetworkCalls(field=field_calls, train=len(z))
-        return summarise(self.routes, parts, calls)
-
-
-def summarise(
-    routes: Sequence[Route], parts: Sequence[tuple[Tensor, Tensor, Tensor]], calls: NetworkCalls
-) -> StepResult:
-    """Gather per-sample losses into the update's loss (mean over samples) and each route's own."""
-    route = torch.cat([part[0] for part in parts])
-    losses = torch.cat([part[1] for part in parts])
-    sigma = torch.cat([part[2] for part in parts])
-    results = {}
-    for index in route.unique().tolist():
-        rows = (route == index).nonzero().squeeze(1)
-        results[routes[index].name] = RouteResult(
-            loss=losses[rows.to(losses.device)].mean(), samples=len(rows), mean_sigma=float(sigma[rows].mean())
-        )
-    return StepResult(loss=losses.mean(), routes=results, calls=calls)
+        return losses.result(calls)
 
 
 def route_gradient_cosines(result: StepResult, parameters: Sequence[Tensor]) -> dict[tuple[str, str], float]:
