@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,54 +19,77 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from danceopd.fields.teachers import read_safetensors
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
 from danceopd.world.render import render
-from danceopd.world.tasks import EDIT_TASKS, GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS, draw_edit, draw_text_to_image
-from danceopd.world.text import SlotReader, TextEncoder, slot_targets, tokenize
+from danceopd.world.tasks import GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS, draw_edit, draw_text_to_image
+from danceopd.world.text import SentenceReader, TextEncoder, phrase_targets, slot_targets, tokenize
 
 CHECKPOINT_SECONDS = 60.0
 CAPTION_DROPOUT = 0.1
-SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.2
-"""Training noise levels: sigma = sigmoid(N(0.8, 1.2^2)), weighted to where layouts are decided."""
+SIGMA_SPREAD = 1.2
+
+
+class BuildError(ValueError):
+    """The build folder holds sources that were made in another way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """How one source is trained.
 
-    tasks: the tasks drawn, uniformly; a leading part of them may be text-to-image, the rest edits.
-    style: forced scene style, or None.
+    tasks: the tasks drawn, uniformly (a task named n times is drawn n times as often): all text-to-image, or all edits.
+    start: the source whose weights it starts from; None starts from scratch.
     rank: LoRA rank (alpha equals it), or 0 to train all weights. LoRA runs folded, through W + B A.
     learning_rate: of AdamW; matrices of the transformer blocks take Muon at ten times this when ``rank`` is 0.
     decay: share of the steps, at the end, over which the learning rate falls linearly to 0.
+    sigma_center: training noise levels are sigma = sigmoid(N(center, 1.2^2)), weighted to where layouts are decided.
+    replay: share of batches that are the base's own text-to-image data, as edit models such as FLUX.1 Kontext are
+        trained on both.
+    style: forced scene style, or None.
     """
 
     name: str
     tasks: tuple[str, ...]
     steps: int
     learning_rate: float
+    start: str | None = "base"
     rank: int = 32
     batch_size: int = 64
+    sigma_center: float = 0.8
+    replay: float = 0.0
     style: str | None = None
     decay: float = 1.0
     ema: float = 0.999
 
 
+HARD_TASKS_OFTENER = ("single_object", "colors", *2 * ("two_object", "counting"), *3 * ("position", "color_attr"))
 STAGES = (
-    Stage(name="base", tasks=T2I_TASKS, steps=13000, learning_rate=2e-3, rank=0),
-    Stage(name="edit", tasks=EDIT_TASKS, steps=2400, learning_rate=2e-3),
-    Stage(name="local", tasks=LOCAL_EDITS, steps=1200, learning_rate=2e-3),
-    Stage(name="global", tasks=GLOBAL_EDITS, steps=700, learning_rate=2e-3),
+    Stage(name="first", tasks=T2I_TASKS, steps=13000, learning_rate=2e-3, rank=0, start=None),
+    Stage(
+        name="base",
+        tasks=HARD_TASKS_OFTENER,
+        steps=12000,
+        learning_rate=1.2e-3,
+        rank=0,
+        start="first",
+        sigma_center=1.0,
+    ),
+    Stage(name="edit", tasks=2 * LOCAL_EDITS + GLOBAL_EDITS, steps=4000, learning_rate=2e-3, replay=0.1),
+    Stage(name="local", tasks=LOCAL_EDITS, steps=2400, learning_rate=2e-3, replay=0.1),
+    Stage(name="global", tasks=GLOBAL_EDITS, steps=900, learning_rate=2e-3, replay=0.1),
     Stage(name="realism", tasks=T2I_TASKS, steps=500, learning_rate=1e-3, style="shaded"),
 )
+"""In order; ``first`` is the base half-way and is not shipped."""
 TEXT_STEPS = 1200
 
 
 def draw_batch(rng: np.random.Generator, stage: Stage) -> tuple[Tensor, Tensor | None, list[str]]:
     """Targets [B, 3, 32, 32], source images (or None) and captions, 10 % of which are empty."""
     targets, sources, captions = [], [], []
+    tasks = HARD_TASKS_OFTENER if rng.random() < stage.replay else stage.tasks
     for _ in range(stage.batch_size):
-        task = stage.tasks[rng.integers(len(stage.tasks))]
+        task = tasks[rng.integers(len(tasks))]
         if task in T2I_TASKS:
             example = draw_text_to_image(rng, task, stage.style)
             targets.append(render(example.scene))
@@ -82,9 +105,9 @@ def draw_batch(rng: np.random.Generator, stage: Stage) -> tuple[Tensor, Tensor |
 
 
 def train_text_encoder(seed: int, device: torch.device, report: Callable[[str], None]) -> TextEncoder:
-    """Train the encoder to name the words of each category in a sentence, in order."""
+    """Train the encoder to read sentences: their words by category and, at each noun, what is said of its object."""
     with _seeded(seed):
-        encoder, reader = TextEncoder().to(device), SlotReader().to(device)
+        encoder, reader = TextEncoder().to(device), SentenceReader().to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=2e-3, weight_decay=0.01)
     rng = np.random.default_rng([seed, 0])
     accuracy = 0.0
@@ -94,14 +117,14 @@ def train_text_encoder(seed: int, device: torch.device, report: Callable[[str], 
         sentences = [
             draw_text_to_image(rng).prompt if rng.random() < 0.5 else draw_edit(rng).instruction for _ in range(128)
         ]
-        pooled = encoder(tokenize(sentences).to(device))[1]
-        targets = slot_targets(sentences).to(device)
-        loss = reader.loss(pooled, targets)
+        read = encoder(tokenize(sentences).to(device))
+        targets = slot_targets(sentences).to(device), phrase_targets(sentences).to(device)
+        loss = reader.loss(*read, *targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % 400 == 0:
-            accuracy = reader.accuracy(pooled, targets)
+            accuracy = reader.accuracy(*read, *targets)
             report(f"text {step + 1}/{TEXT_STEPS} loss {loss.item():.4f} sentences read {accuracy:.1%}")
     if accuracy < 0.99:
         raise RuntimeError(f"the text encoder reads only {accuracy:.1%} of sentences after {TEXT_STEPS} steps")
@@ -151,15 +174,17 @@ def train_stage(
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng([seed, 1 + [item.name for item in STAGES].index(stage.name)])
     step, losses, started, saved = 0, [], time.monotonic(), time.monotonic()
+    made_by = fingerprint(stage, seed)
     if resume_file.exists():
-        state = torch.load(resume_file, weights_only=True)
+        state = torch.load(resume_file, weights_only=True, map_location=device)
+        _require_made_by(resume_file, state["made_by"], made_by)
         step = state["step"]
         for name, weight in trained.items():
             weight.data.copy_(state["weights"][name])
         average = state["average"]
         for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(content)
-        generator.set_state(state["generator"])
+        generator.set_state(state["generator"].cpu())
         rng.bit_generator.state = json.loads(state["numpy"])
     first = step
     while step < stage.steps:
@@ -168,7 +193,7 @@ def train_stage(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
         clean, source, captions = draw_batch(rng, stage)
-        sigma = torch.sigmoid(torch.randn(len(clean), generator=generator) * SIGMA_SPREAD + SIGMA_CENTER)
+        sigma = torch.sigmoid(torch.randn(len(clean), generator=generator) * SIGMA_SPREAD + stage.sigma_center)
         noise = torch.randn(clean.shape, generator=generator)
         scale_z = sigma.view(-1, 1, 1, 1)
         z = ((1 - scale_z) * clean + scale_z * noise).to(device)
@@ -198,6 +223,7 @@ def train_stage(
             )
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             content = {
+                "made_by": made_by,
                 "step": step,
                 "weights": {name: weight.detach() for name, weight in trained.items()},
                 "average": average,
@@ -223,33 +249,49 @@ def build(
     """Build every source that ``folder`` does not hold yet: NAME.safetensors for each, resumable at any point."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    text_file = folder / "text.safetensors"
-    if not text_file.exists():
-        _save(train_text_encoder(seed, device, report).state_dict(), text_file)
+    text_file, text_made_by = folder / "text.safetensors", f"{TEXT_STEPS} steps, seed {seed}"
+    if text_file.exists():
+        _require_made_by(text_file, read_safetensors(text_file)[1].get("made_by"), text_made_by)
+    else:
+        _save(train_text_encoder(seed, device, report).state_dict(), text_file, {"made_by": text_made_by})
     encoder = TextEncoder().to(device)
     encoder.load_state_dict(load_file(text_file))
     encoder.requires_grad_(False).eval()
     for stage in stages:
-        target = folder / f"{stage.name}.safetensors"
+        target, made_by = folder / f"{stage.name}.safetensors", fingerprint(stage, seed)
         if target.exists():
+            _require_made_by(target, read_safetensors(target)[1].get("made_by"), made_by)
             report(f"{stage.name}: already built")
             continue
         with _seeded(seed):
             network = ShapesTransformer().to(device)
-            if stage.rank:
-                network.load_state_dict(load_file(folder / "base.safetensors"))
-                network.requires_grad_(False)
+        if stage.start is not None:
+            network.load_state_dict(load_file(folder / f"{stage.start}.safetensors"))
         resume_file = folder / f"{stage.name}.resume"
         trained = dict(network.named_parameters())
         if stage.rank:
+            network.requires_grad_(False)
             trained = new_lora(network, stage.rank, torch.Generator().manual_seed(seed))
         average = train_stage(
             stage, network, trained, encoder, seed=seed, device=device, resume_file=resume_file, report=report
         )
         strength = {"rank": str(stage.rank), "alpha": str(stage.rank)} if stage.rank else {}
-        _save(average, target, {"format": "pt", **strength})
+        _save(average, target, {"made_by": made_by, **strength})
         resume_file.unlink(missing_ok=True)
         report(f"{stage.name}: built")
+
+
+def fingerprint(stage: Stage, seed: int) -> str:
+    """What a source was made by: every setting of its stage, and the seed."""
+    return json.dumps({**asdict(stage), "seed": seed}, sort_keys=True)
+
+
+def _require_made_by(path: Path, found: str | None, needed: str) -> None:
+    if found != needed:
+        raise BuildError(
+            f"{path} was made in another way, and is not continued or built upon: found {found}, needed {needed}; "
+            "choose another folder, or remove the file"
+        )
 
 
 def quick(stages: tuple[Stage, ...] = STAGES, steps: int = 2, batch_size: int = 4) -> tuple[Stage, ...]:
@@ -257,11 +299,11 @@ def quick(stages: tuple[Stage, ...] = STAGES, steps: int = 2, batch_size: int = 
     return tuple(replace(stage, steps=steps, batch_size=batch_size) for stage in stages)
 
 
-def _save(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def _save(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write bfloat16 safetensors, aside and then renamed."""
     aside = path.with_suffix(".tmp")
     content = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
-    save_file(content, aside, metadata)
+    save_file(content, aside, {"format": "pt", **metadata})
     aside.replace(path)
 
 

@@ -102,7 +102,7 @@ def _describe(rng: np.random.Generator, task: str):
         return f"{NUMBERS[number]} {PLURALS[first]}", objects, ((first, None, number),), None
     if task in ("two_object", "color_attr"):
         stated = (color_a, color_b) if task == "color_attr" else (None, None)
-        cells = rng.choice(4, size=2, replace=False)
+        cells = np.sort(rng.choice(4, size=2, replace=False))  # drawn in reading order; any order answers the prompt
         pair = list(zip((first, second), stated, strict=True))
         objects = [random_object(rng, cell, *item) for cell, item in zip(cells, pair, strict=True)]
         words = " and ".join(f"a {color} {shape}" if color else f"a {shape}" for shape, color in pair)
