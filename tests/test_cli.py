@@ -43,7 +43,9 @@ def test_check_says_the_plan():
         (["check", "nothing.yaml"], "recipe not found"),
         (["check", QUICKSTART, "--set", "fields.edit.lora=missing.safetensors"], "weight file not found"),
         (["check", QUICKSTART, "--set", "routes.0.data={manifest: none.jsonl}"], "manifest not found"),
+        (["check", QUICKSTART, "--set", "train=[1,"], "not valid YAML"),
         (["report", "not-a-run"], "not a run folder"),
+        (["world", "evaluate", "--guidance-scale", "nan"], "guidance_scale"),
         (["evaluate", "not-a-run"], "not a run folder"),
     ],
 )
@@ -79,8 +81,12 @@ def test_a_report_is_one_self_contained_page(tmp_path):
 def test_world_build_runs_and_resumes(tmp_path):
     assert run("world", "build", "--quick", "--out", tmp_path).returncode == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{name}.safetensors" for name in ("text", "base", "edit", "local", "global", "realism")}
+    stages = ("text", "first", "base", "edit", "local", "global", "realism")
+    assert names == {f"{name}.safetensors" for name in stages}
     (tmp_path / "local.safetensors").unlink()
     again = run("world", "build", "--quick", "--out", tmp_path)
     assert again.returncode == 0
     assert "base: already built" in again.stdout
+    other = run("world", "build", "--quick", "--out", tmp_path, "--seed", 1)
+    assert other.returncode == 2
+    assert "text.safetensors was made in another way" in other.stderr

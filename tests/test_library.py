@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from conftest import TinyNet
+from closed_forms import TinyNet
 
 import danceopd as d
 

@@ -14,13 +14,16 @@ from rich.table import Table
 from danceopd.data.manifest import ManifestError
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import CheckpointError
-from danceopd.recipe import Recipe, RecipeError, load_recipe
+from danceopd.recipe import Recipe, RecipeError, evaluate_part, load_recipe
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
 from danceopd.training.trainer import Interrupted, NonFiniteLoss
+from danceopd.world.build import BuildError
 from danceopd.world.text import UnknownWord
 
 USER_ERRORS = (
+    OSError,
+    BuildError,
     RecipeError,
     ManifestError,
     CheckpointError,
@@ -123,8 +126,8 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
     }
-    part = folder.read_recipe().evaluate.model_copy(update={k: v for k, v in given.items() if v is not None})
-    _print_scores(run(folder, part))
+    asked = folder.read_recipe().evaluate.model_dump() | {k: v for k, v in given.items() if v is not None}
+    _print_scores(run(folder, evaluate_part(asked)))
 
 
 @app.command()
@@ -186,7 +189,7 @@ def schema() -> None:
 
 @world_app.command("build")
 def world_build(
-    out: Annotated[Path, typer.Option(help="Where the sources are written.")] = Path("build/world"),
+    out: Annotated[Path | None, typer.Option(help="Folder; build/world, or build/world-quick with --quick.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps per source: tries the path, teaches nothing.")
@@ -198,6 +201,7 @@ def world_build(
     from danceopd.world.build import quick as cut
 
     keep_freed_memory()
+    out = out or Path("build/world-quick" if quick else "build/world")
     build(out, seed=seed, stages=cut() if quick else STAGES, report=lambda line: console.print(line, highlight=False))
     console.print(f"all sources are in {out}")
 
@@ -211,16 +215,10 @@ def world_evaluate(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/world.json"),
 ) -> None:
     """Score the shipped sources on all tasks and edit types: what each can do, and what its training cost."""
-    from danceopd.recipe import EvaluatePart
     from danceopd.runs import evaluate_world
 
-    part = EvaluatePart(
-        scenes_per_task=scenes_per_task,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        seed=seed,
-    )
-    report = evaluate_world(part, out)
+    asked = {"scenes_per_task": scenes_per_task, "guidance_scale": guidance_scale, "seed": seed}
+    report = evaluate_world(evaluate_part({**asked, "num_inference_steps": num_inference_steps}), out)
     _print_scores(report)
     console.print("on its own tasks: " + ", ".join(f"{name} {score:.3f}" for name, score in report["own"].items()))
 
@@ -228,7 +226,7 @@ def world_evaluate(
 def _print_scores(report: dict) -> None:
     table = Table(title=f"{report['scenes_per_task']} scenes per task, 95 % intervals")
     table.add_column("model")
-    capabilities = [name for name, value in next(iter(report["models"].values())).items() if isinstance(value, dict)]
+    capabilities = list(next(iter(report["models"].values())))
     for capability in capabilities:
         table.add_column(capability, justify="right")
     for model, scores in report["models"].items():

@@ -6,6 +6,7 @@ Every key is documented where it stands. Unknown keys fail with the nearest know
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,16 @@ class RecipeError(ValueError):
     """A recipe cannot be used; the message names the file, the key, what was found and what is needed."""
 
 
+RESERVED_NAMES = ("student", "student_start")
+"""Names that fields may not have: the student's own, in scores and on the shared backbone."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def _number(**limits: Any) -> Any:
-    return Field(strict=False, allow_inf_nan=False, **limits)
+    return Field(allow_inf_nan=False, **limits)
 
 
 class FieldPart(_Part):
@@ -46,6 +51,12 @@ class FieldPart(_Part):
         given = [self.base, self.lora is not None, self.checkpoint is not None, self.mixture is not None]
         if sum(given) != 1:
             raise ValueError("needs exactly one of 'base: true', 'lora', 'checkpoint' and 'mixture'")
+        if self.lora is None and self.lora_scale != 1.0:
+            raise ValueError("'lora_scale' needs a 'lora'")
+        if self.mixture is not None and self.guidance_scale != 1.0:
+            raise ValueError("a 'mixture' takes no 'guidance_scale'; give it to the fields that are mixed")
+        if self.guidance_scale == 1.0 and self.negative_prompt:
+            raise ValueError("'negative_prompt' needs a 'guidance_scale' other than 1")
         return self
 
 
@@ -69,6 +80,12 @@ class StudentPart(_Part):
     )
     lora: LoraPart | None = Field(default=LoraPart(), description="The student's LoRA; null trains all weights.")
 
+    @model_validator(mode="after")
+    def _merged_under_a_lora(self) -> StudentPart:
+        if self.init_mode == "merged" and (self.init == "base" or self.lora is None):
+            raise ValueError("init_mode 'merged' needs an 'init' other than base and a 'lora' that is trained over it")
+        return self
+
 
 class DataPart(_Part):
     """One route's training inputs: a generator or a JSONL manifest."""
@@ -82,6 +99,9 @@ class DataPart(_Part):
     def _one_source(self) -> DataPart:
         if (self.generator is None) == (self.manifest is None):
             raise ValueError("needs exactly one of 'generator' and 'manifest'")
+        defaults = {name: DataPart.model_fields[name].default for name in ("size", "seed")}
+        if self.manifest is not None and (self.size, self.seed) != (defaults["size"], defaults["seed"]):
+            raise ValueError("'size' and 'seed' are a generator's; a manifest is used whole")
         return self
 
 
@@ -107,6 +127,12 @@ class RoutingPart(_Part):
         default="sample", description="Draw a route per sample or per optimiser update."
     )
     stratified: bool = Field(default=False, description="Per sample: hold each route's share exactly, up to rounding.")
+
+    @model_validator(mode="after")
+    def _stratified_per_sample(self) -> RoutingPart:
+        if self.stratified and self.per != "sample":
+            raise ValueError("'stratified' needs per: sample")
+        return self
 
 
 class RolloutPart(_Part):
@@ -165,6 +191,8 @@ class TrainPart(_Part):
                 f"batch_size {self.batch_size} is not a multiple of "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
+        if self.gradient_cosine_steps and self.gradient_accumulation_steps > 1:
+            raise ValueError("gradient_cosine_steps needs gradient_accumulation_steps 1: it compares whole gradients")
         return self
 
 
@@ -184,7 +212,7 @@ class Recipe(_Part):
 
     version: Literal[1] = Field(description="Version of this format.")
     family: str = Field(description="Model family.")
-    base: str = Field(description="Base weights: FAMILY:NAME or a safetensors file.")
+    base: str = Field(description="Base weights: FAMILY:NAME or a safetensors file, relative to the recipe.")
     fields: dict[str, FieldPart] = Field(min_length=1, description="Frozen fields by name.")
     student: StudentPart = StudentPart()
     routes: tuple[RoutePart, ...] = Field(min_length=1, strict=False, description="One entry per capability.")
@@ -213,6 +241,11 @@ class Recipe(_Part):
         if len(set(names)) != len(names):
             raise ValueError(f"routes need different names, found {', '.join(names)}")
         for name, part in self.fields.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"fields.{name}: a field's name is letters, digits, '_' and '-', a letter first")
+            is_base = part.base and part.guidance_scale == 1.0
+            if name in RESERVED_NAMES or (name == "base" and not is_base):
+                raise ValueError(f"fields.{name}: this name is taken; choose another")
             for member in part.mixture or ():
                 if member not in self.fields or self.fields[member].mixture is not None:
                     raise ValueError(f"fields.{name}.mixture: {member!r} is not a plain field of this recipe")
@@ -236,23 +269,36 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"recipe not found: {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = _read_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of keys, found {type(content).__name__}")
     for override in overrides or []:
         _override(content, override)
     recipe = parse_recipe(content, where=str(path))
-    routes = tuple(_with_absolute_manifest(route, path.parent) for route in recipe.routes)
-    return recipe.model_copy(update={"routes": routes})
+    return _with_absolute_files(recipe, path.parent)
 
 
-def _with_absolute_manifest(route: RoutePart, folder: Path) -> RoutePart:
-    if route.data.manifest is None:
-        return route
-    manifest = str((folder / route.data.manifest).resolve())
-    return route.model_copy(update={"data": route.data.model_copy(update={"manifest": manifest})})
+def _with_absolute_files(recipe: Recipe, folder: Path) -> Recipe:
+    """Manifests and weight files are relative to the recipe; a run folder's copy must find them from anywhere."""
+
+    def weights(reference: str | None) -> str | None:
+        is_file = reference is not None and (reference.endswith(".safetensors") or (folder / reference).exists())
+        return str((folder / str(reference)).resolve()) if is_file else reference
+
+    def route(part: RoutePart) -> RoutePart:
+        if part.data.manifest is None:
+            return part
+        manifest = str((folder / part.data.manifest).resolve())
+        return part.model_copy(update={"data": part.data.model_copy(update={"manifest": manifest})})
+
+    fields = {
+        name: part.model_copy(update={"lora": weights(part.lora), "checkpoint": weights(part.checkpoint)})
+        for name, part in recipe.fields.items()
+    }
+    routes = tuple(route(part) for part in recipe.routes)
+    return recipe.model_copy(update={"base": weights(recipe.base), "fields": fields, "routes": routes})
 
 
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
@@ -263,9 +309,44 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
         raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from error
 
 
+def evaluate_part(content: dict[str, Any]) -> EvaluatePart:
+    """Validate evaluation settings given outside a recipe.
+
+    Raises:
+        RecipeError: for a value that does not fit.
+    """
+    try:
+        return EvaluatePart.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("evaluate: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe, every default written out, as YAML that loads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once and ``1e-3`` is a number (as in YAML 1.2)."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def _override(content: dict[str, Any], text: str) -> None:
@@ -283,7 +364,10 @@ def _override(content: dict[str, Any], text: str) -> None:
             here = here[parent]
         else:
             raise RecipeError(f"--set {text}: {parent!r} is not a part of the recipe")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = _read_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from error
     if isinstance(here, list) and last.isdigit() and int(last) < len(here):
         here[int(last)] = parsed
     elif isinstance(here, dict):

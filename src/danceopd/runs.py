@@ -13,13 +13,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
+from torch import nn
 
 from danceopd.data.manifest import read_image_file, write_image_file
 from danceopd.distill.solver import VelocityFunction, integrate
 from danceopd.evaluation.shapes import CAPABILITIES, condition_of, evaluate_models, guided
 from danceopd.families.shapes import SOURCES
+from danceopd.fields.field import ModelField
 from danceopd.fields.guidance import GuidedField
+from danceopd.fields.mixture import MixtureField
 from danceopd.fields.teachers import save_lora
+from danceopd.files import write_text
 from danceopd.recipe import EvaluatePart, Recipe, RecipeError, parse_recipe
 from danceopd.report.page import write_report
 from danceopd.training.assemble import Assembly, assemble, autocast
@@ -66,7 +70,6 @@ def plan(assembly: Assembly) -> Plan:
         )
     calls = method.expected_calls()
     trained = sum(parameter.numel() for parameter in assembly.student.parameters.values())
-    network = sum(parameter.numel() * parameter.element_size() for parameter in assembly.family.network.parameters())
     # Trained weights carry a gradient, two Adam moments and an average, all float32.
     return Plan(
         tuple(sentences),
@@ -74,16 +77,34 @@ def plan(assembly: Assembly) -> Plan:
         batch * calls.field,
         batch * calls.train,
         trained,
-        (network + trained * 16) / 2**20,
+        (_weight_bytes(assembly) + trained * 16) / 2**20,
     )
+
+
+def _weight_bytes(assembly: Assembly) -> int:
+    """Bytes of all weights held: the family's network, the student's own, and every full-checkpoint field's."""
+    modules: list[nn.Module] = [assembly.family.network, assembly.student.network]
+    waiting = list(assembly.fields.values())
+    while waiting:
+        field = waiting.pop()
+        if isinstance(field, GuidedField):
+            waiting.append(field.field)
+        elif isinstance(field, MixtureField):
+            waiting += field.fields
+        elif isinstance(field, ModelField):
+            modules.append(field.model)
+    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
 
 def check(recipe: Recipe) -> Plan:
     """Validate everything before training: files, shapes, routes with data; one real update of each route."""
     assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
     generator = torch.Generator().manual_seed(recipe.train.seed)
-    for index in range(len(assembly.method.routes)):
-        assembly.method.step(assembly.student.model, batch_size=2, generator=generator, routes=torch.full((2,), index))
+    with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
+        for index in range(len(assembly.method.routes)):
+            chosen = torch.full((2,), index)
+            assembly.method.step(assembly.student.model, batch_size=2, generator=generator, routes=chosen)
     return plan(assembly)
 
 
@@ -96,7 +117,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunFolder:
     folder = RunFolder(Path(recipe.output))
     device = pick_device()
     with folder.owned():
-        if folder.recipe_file.exists() and checkpoints(folder.checkpoints):
+        if checkpoints(folder.checkpoints):
             if not resume:
                 raise RecipeError(
                     f"{folder.path} already holds a run; continue it with --resume, or choose another output "
@@ -136,7 +157,8 @@ def evaluate(folder: RunFolder, part: EvaluatePart | None = None) -> dict[str, A
     """Score base, every LoRA or checkpoint field and the student; write ``evaluation.json``."""
     device = pick_device()
     keep_freed_memory()
-    assembly, state = load_run(folder, device=device)
+    with folder.owned():
+        assembly, state = load_run(folder, device=device)
     recipe = assembly.recipe
     part = part or recipe.evaluate
     models = model_velocities(assembly)
@@ -156,9 +178,7 @@ def evaluate(folder: RunFolder, part: EvaluatePart | None = None) -> dict[str, A
     report["network_calls"] = state.calls
     report["precision"] = recipe.train.precision
     report["hashes"] = assembly.hashes
-    aside = folder.evaluation_file.with_suffix(".tmp")
-    aside.write_text(json.dumps(report, indent=1) + "\n")
-    aside.replace(folder.evaluation_file)
+    write_text(folder.evaluation_file, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -186,7 +206,7 @@ def quickstart(recipe: Recipe) -> tuple[RunFolder, dict[str, Any]]:
     folder = train(recipe, resume=True)
     report = evaluate(folder)
     report["seconds"]["total"] = round(time.monotonic() - started, 2)
-    folder.evaluation_file.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(folder.evaluation_file, json.dumps(report, indent=1) + "\n")
     write_report(folder)
     return folder, report
 
@@ -222,7 +242,8 @@ def sample_images(
     noise = torch.randn(len(prompts), 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(device)
     with autocast(device, assembly.recipe.train.precision):
         velocity = guided(models[field], family, guidance_scale)
-        latents = integrate(velocity, noise, condition, family.grid(num_inference_steps, None))
+        grid = family.grid(num_inference_steps, assembly.recipe.evaluate.shift)
+        latents = integrate(velocity, noise, condition, grid)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, picture in enumerate(family.decode(latents).cpu()):
@@ -240,33 +261,38 @@ def export(folder: RunFolder, out: Path) -> float:
         The largest difference between the reloaded model's velocity and the student's own.
 
     Raises:
-        CheckpointFailure: if the reloaded file does not reproduce the student.
+        CheckpointFailure: if ``out`` is not a .safetensors file, or the reloaded file does not reproduce the student.
     """
+    if out.suffix != ".safetensors":
+        raise CheckpointFailure(f"exports are written as safetensors; {out} should end in .safetensors")
     assembly, _ = load_run(folder, device=torch.device("cpu"))
     family, lora = assembly.family, assembly.student.lora()
     out.parent.mkdir(parents=True, exist_ok=True)
     unverified = out.with_name(f".unverified-{out.name}")
-    if lora is not None:
-        save_lora(lora, unverified)
-        part = {"exported": {"lora": str(unverified)}}
-    else:
-        save_file(assembly.student.weights(), unverified, {"format": "pt"})
-        part = {"exported": {"checkpoint": str(unverified)}}
-    content = assembly.recipe.model_dump(mode="json") | {"fields": part, "student": {}}
-    content["routes"] = [{"field": "exported", "data": content["routes"][0]["data"]}]
-    reloaded = assemble(parse_recipe(content, where=str(out)), device=torch.device("cpu"))
-    z, sigma = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.5, 0.8, 1.0])
-    condition = family.encode([""] * 4, None)
-    with torch.no_grad():
-        expected = assembly.student.model(z, sigma, condition)
-        difference = float((reloaded.fields["exported"].velocity(z, sigma, condition) - expected).abs().max())
-    if not difference <= EXPORT_TOLERANCE * max(1.0, float(expected.abs().max())):
-        unverified.unlink()
-        raise CheckpointFailure(
-            f"the export does not reproduce the student: velocities differ by {difference:.2g}; {out} was not written"
-        )
-    unverified.replace(out)
-    return difference
+    try:
+        if lora is not None:
+            save_lora(lora, unverified)
+            part = {"exported": {"lora": str(unverified)}}
+        else:
+            save_file(assembly.student.weights(), unverified, {"format": "pt"})
+            part = {"exported": {"checkpoint": str(unverified)}}
+        content = assembly.recipe.model_dump(mode="json") | {"fields": part, "student": {}}
+        content["routes"] = [{"field": "exported", "data": content["routes"][0]["data"]}]
+        reloaded = assemble(parse_recipe(content, where=str(out)), device=torch.device("cpu"))
+        noise = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        sigma, condition = torch.tensor([0.2, 0.5, 0.8, 1.0]), family.encode([""] * 4, None)
+        with torch.no_grad():
+            expected = assembly.student.model(noise, sigma, condition)
+            difference = float((reloaded.fields["exported"].velocity(noise, sigma, condition) - expected).abs().max())
+        if not difference <= EXPORT_TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise CheckpointFailure(
+                f"the export does not reproduce the student: velocities differ by {difference:.2g}; {out} was not "
+                "written"
+            )
+        unverified.replace(out)
+        return difference
+    finally:
+        unverified.unlink(missing_ok=True)
 
 
 def evaluate_world(part: EvaluatePart, out: Path) -> dict[str, Any]:
@@ -293,8 +319,7 @@ def evaluate_world(part: EvaluatePart, out: Path) -> dict[str, Any]:
     report["own"] = {name: round(sum(scores[name][t] for t in tasks) / len(tasks), 4) for name, tasks in own.items()}
     del report["shown"], report["student_over"]
     report["hashes"] = assembly.hashes
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(out, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -28,13 +28,6 @@ class Condition:
     pooled_embeds: Tensor | None = None
     source: Tensor | None = None
 
-    def to(self, device: torch.device) -> Condition:
-        return _map(self, lambda tensor: tensor.to(device))
-
-
-AnyCondition = Condition | Tensor | None
-"""What routes may carry: our ``Condition``, any tensor whose first axis is the batch, or nothing."""
-
 
 def select(condition: Any, index: Tensor) -> Any:
     """The samples ``index`` (int64 [b]) of a condition."""
@@ -50,8 +43,12 @@ def concatenate(conditions: Sequence[Any]) -> Any:
         ValueError: if a part is missing in one and present in another.
     """
     first = conditions[0]
-    if len(conditions) == 1 or first is None:
+    if len(conditions) == 1:
         return first
+    if any(condition is None for condition in conditions):
+        if all(condition is None for condition in conditions):
+            return None
+        raise ValueError("samples with and without a condition cannot share a batch")
     if isinstance(first, Tensor):
         return torch.cat(list(conditions))
     merged: dict[str, Tensor | None] = {}

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import GaussianField, TinyNet
+from closed_forms import GaussianField, TinyNet
 from torch import nn
 
 import danceopd as d

@@ -59,7 +59,7 @@ def picture(tmp_path):
 
 
 def test_manifests_of_both_kinds(tmp_path, picture):
-    t2i = Manifest(write(tmp_path / "a.jsonl", {"prompt": "a circle"}, "", {"prompt": "a square"}))
+    t2i = Manifest(write(tmp_path / "a.jsonl", {"prompt": "a circle"}, {"prompt": "a square"}))
     assert (len(t2i), t2i.edits, t2i[1].prompt) == (2, False, "a square")
     edits = Manifest(write(tmp_path / "b.jsonl", {"instruction": "remove it", "source": picture, "target": picture}))
     assert edits.edits
@@ -70,6 +70,7 @@ def test_manifests_of_both_kinds(tmp_path, picture):
     ("lines", "message"),
     [
         ([], "holds no example"),
+        ([{"prompt": "a"}, "", {"prompt": "b"}], "line 2: the line is empty"),
         ([{"prompt": "a"}, "{not json"], "line 2"),
         ([{"prompt": "a"}, {"prompt": "b", "tarket": "x"}], "line 2: tarket"),
         ([{"prompt": "a", "instruction": "b"}], "line 1: .*either 'prompt' or 'instruction'"),
@@ -84,6 +85,16 @@ def test_bad_manifests_name_the_line(tmp_path, picture, lines, message):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(ManifestError, match=message):
         Manifest(write(tmp_path / "m.jsonl", *lines))
+
+
+def test_a_digest_covers_the_text_and_the_images(tmp_path, picture):
+    line = {"instruction": "remove it", "source": picture}
+    first = Manifest(write(tmp_path / "a.jsonl", line)).digest()
+    assert Manifest(write(tmp_path / "a.jsonl", line)).digest() == first
+    Image.new("RGB", (32, 32), (0, 255, 0)).save(tmp_path / picture)
+    assert Manifest(tmp_path / "a.jsonl").digest() != first
+    line["instruction"] = "keep it"
+    assert Manifest(write(tmp_path / "b.jsonl", line)).digest() != Manifest(tmp_path / "a.jsonl").digest()
 
 
 def test_a_truncated_image_is_refused(tmp_path, picture):

@@ -1,4 +1,5 @@
 import pytest
+import scipy.stats
 import torch
 from scipy import stats
 
@@ -32,7 +33,11 @@ def test_low_noise_is_cleaner_than_mid_than_high(rng):
 
 def test_over_sigma_draws_the_band_over_sigma(rng):
     query = BetaQuery(5, 2, over="sigma").draw(20_000, GRID, rng)
-    assert abs(float(query.sigma.mean()) - 2 / 7) < 0.02
+    # u = 1 - sigma ~ Beta(5, 2), given that sigma is at least the last that a model is called on
+    least = float(GRID.sigmas[-2])
+    truncated = scipy.stats.beta(5, 2).expect(lambda u: u, ub=1 - least, conditional=True)
+    assert float(query.sigma.mean()) == pytest.approx(1 - truncated, abs=0.004)
+    assert float(query.sigma.min()) >= least
     before, after = GRID.sigmas[query.step], GRID.sigmas[query.step + 1]
     assert bool(((query.sigma <= before) & (query.sigma > after)).all())
     counts = torch.bincount(query.step[:, 0], minlength=16) / 20_000
@@ -47,6 +52,23 @@ def test_several_queries_are_distinct_and_ordered(rng, band):
         step = BANDS[band](per_rollout=count).draw(500, GRID, rng).step
         assert step.shape == (500, count)
         assert bool((step.diff(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("band", sorted(BANDS))
+def test_several_queries_over_sigma_are_distinct_too(rng, band):
+    query = BANDS[band](over="sigma", per_rollout=4).draw(2000, GRID, rng)
+    assert bool((query.sigma.diff(dim=1) < 0).all())
+    probabilities = BANDS[band](over="sigma").step_probabilities(GRID)
+    assert float(probabilities.sum()) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least two steps"):
+        BANDS[band](over="sigma").draw(2, shifted_grid(steps=1), rng)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="over 'sigmas'"):
+        BetaQuery(over="sigmas")
+    with pytest.raises(ValueError, match="per_rollout 0"):
+        StratifiedQuery(per_rollout=0)
 
 
 def test_all_steps_is_the_dense_case(rng):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import GaussianField
+from closed_forms import GaussianField
 
 from danceopd.distill.routing import Route, Router
 from danceopd.fields.guidance import GuidedField

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import GaussianField
+from closed_forms import GaussianField
 
 import danceopd as d
 from danceopd.distill.objective import VelocityMSE

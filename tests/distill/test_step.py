@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import GaussianField, TinyNet
+from closed_forms import GaussianField, TinyNet
 from torch import nn
 
 import danceopd as d
@@ -47,9 +47,16 @@ def test_autocast_around_the_step_keeps_the_students_gradient(rng):
 def test_no_gradient_through_rollout_or_field(rng):
     """The gradient equals the one of the last forward alone, at the recorded states and targets."""
     student, teacher = TinyNet(), TinyNet(seed=1)
+
+    class CarelessField:  # its velocity carries a graph: the step itself has to cut it off
+        calls_per_velocity = 1
+
+        def velocity(self, z, sigma, condition):
+            return teacher(z, sigma, condition)
+
     seen = []
     hook = student.register_forward_hook(lambda m, args, out: seen.append(args) if torch.is_grad_enabled() else None)
-    field = d.ModelField(teacher)
+    field = CarelessField()
     result = method(d.Route("other", field, inputs)).step(student, batch_size=16, generator=rng)
     hook.remove()
     result.loss.backward()
@@ -57,7 +64,8 @@ def test_no_gradient_through_rollout_or_field(rng):
     student.zero_grad()
     ((z, sigma, condition),) = seen
     assert not z.requires_grad
-    ((student(z, sigma, condition) - field.velocity(z, sigma, condition)) ** 2).mean().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    ((student(z, sigma, condition) - teacher(z, sigma, condition).detach()) ** 2).mean().backward()
     for a, b in zip(got, (p.grad for p in student.parameters()), strict=True):
         torch.testing.assert_close(a, b)
     assert all(p.grad is None for p in teacher.parameters())
@@ -108,6 +116,35 @@ def test_two_routes_on_one_batch_give_what_two_separate_runs_give():
     assert float(left.routes["two"].loss) == float(right.routes["one"].loss) == 0
     for total, a, b in zip(gradient, first, second, strict=True):
         torch.testing.assert_close(total, a + b)
+
+
+def test_routes_of_one_shape_share_every_student_call(rng):
+    """One with targets, one without: the rollout does not need them, so both are one batch."""
+
+    def bare(count, generator):
+        return d.Samples(condition=torch.zeros(count, 2), shape=(4,))
+
+    student, sizes = TinyNet(), []
+    student.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    routes = [d.Route("one", GaussianField(1.0, 0.5), inputs), d.Route("two", GaussianField(-1.0, 0.8), bare)]
+    chosen = torch.tensor([0] * 8 + [1] * 8)
+    method(*routes).step(student, batch_size=16, generator=rng, routes=chosen)
+    assert sizes[0] == sizes[-1] == 16
+    assert len(sizes) <= GRID.steps + 1
+
+
+def test_misspelt_options_and_equal_names_are_refused():
+    route = d.Route("one", GaussianField(0.0, 1.0), inputs)
+    with pytest.raises(ValueError, match="found 'studnet'"):
+        method(route, states="studnet")
+    with pytest.raises(ValueError, match="found 'batch'"):
+        method(route, per="batch")
+    with pytest.raises(ValueError, match="different names, found one, one"):
+        method(route, route)
+    with pytest.raises(ValueError, match="positive weights"):
+        method()
+    with pytest.raises(ValueError, match="found 'KL'"):
+        VelocityMSE("KL")
 
 
 def test_shapes_that_differ_run_beside_each_other(rng):

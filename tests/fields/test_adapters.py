@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TinyNet
+from closed_forms import TinyNet
 from torch import nn
 
 import danceopd as d

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import GaussianField, TinyNet
+from closed_forms import GaussianField, TinyNet
 
 import danceopd as d
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import TinyNet
+from closed_forms import TinyNet
 from safetensors.torch import save_file
 
 from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint, load_lora, read_safetensors

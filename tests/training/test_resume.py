@@ -5,15 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from danceopd.recipe import RecipeError, dump_recipe
 from danceopd.runs import train
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state, load_tensors
+from danceopd.training.assemble import assemble
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
+from danceopd.training.trainer import Interrupted, Trainer
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from danceopd.cli import main; main()"]
 
@@ -46,7 +50,8 @@ def wait_for_step(folder, step):
 
 def final(folder):
     path = checkpoints(folder.checkpoints)[-1]
-    return load_checkpoint_state(path), {name: load_tensors(path, name) for name in ("student", "ema", "optimizer")}
+    names = ("student", "ema", "optimizer")
+    return load_checkpoint_state(path), {name: load_file(path / f"{name}.safetensors") for name in names}
 
 
 def strip(lines):
@@ -57,15 +62,18 @@ def strip(lines):
 def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, student):
     extra = ["student.lora=null", "train.learning_rate=1e-4"] if student == "full" else []
     extra += ["train.gradient_accumulation_steps=2", "train.steps=12", "routing.stratified=false"]
+    extra += ["routes.0.data.size=6", "routes.1.data.size=5"]  # prompts come again, and epochs end
     whole = tiny(f"output={tmp_path / 'whole'}", *extra)
     assert finish(start(whole, tmp_path / "whole.yaml"))[0] == 0
     cut = tiny(f"output={tmp_path / 'cut'}", *extra)
     folder = RunFolder(tmp_path / "cut")
     for step in (1, 5, 8):
         process = start(cut, tmp_path / "cut.yaml", "--resume")
-        wait_for_step(folder, step)
+        wait_for_step(folder, step)  # resuming drops the lines after the checkpoint, so these are new
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert 0 < load_checkpoint_state(checkpoints(folder.checkpoints)[-1]).step < 12
     code, _, err = finish(start(cut, tmp_path / "cut.yaml", "--resume"))
     assert code == 0, err
     (state_a, tensors_a), (state_b, tensors_b) = final(RunFolder(tmp_path / "whole")), final(folder)
@@ -88,6 +96,62 @@ def test_signals_finish_the_update_save_and_say_so(tiny, tmp_path, number, code)
     assert "--resume" in err
     state, _ = final(folder)
     assert state.step == len(folder.metrics()) >= 2
+    resumed = tiny(f"train.steps={state.step + 1}", "train.checkpointing_steps=400")
+    assert finish(start(resumed, tmp_path / "r.yaml", "--resume"))[0] == 0
+    assert final(folder)[0].step == state.step + 1
+
+
+def test_a_signal_between_checkpoint_and_sample_grid_is_saved_too(tiny):
+    recipe = tiny("train.sample_steps=1", "train.checkpointing_steps=100")
+    folder = RunFolder(Path(recipe.output))
+    folder.path.mkdir(parents=True)
+    interrupt = lambda assembly, step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None  # noqa: E731
+    with pytest.raises(Interrupted, match="stopped after update 3, which is saved") as stopped:
+        Trainer(assemble(recipe, device=torch.device("cpu")), folder, on_samples=interrupt).run()
+    assert stopped.value.exit_code == 143
+    assert load_checkpoint_state(checkpoints(folder.checkpoints)[-1]).step == 3
+
+
+def test_damaged_checkpoints_are_refused_by_name(tiny):
+    folder = train(tiny())
+    path = checkpoints(folder.checkpoints)[-1]
+    whole = load_file(path / "student.safetensors")
+    name = sorted(whole)[0]
+    for broken in (
+        {**whole, name: torch.ones(1)},
+        {k: v for k, v in whole.items() if k != name},
+        {**whole, "x": whole[name].clone()},
+    ):
+        save_file(broken, path / "student.safetensors")
+        with pytest.raises(CheckpointFailure, match=r"student\.safetensors does not fit this run at"):
+            train(tiny("train.steps=8"), resume=True)
+    save_file(whole, path / "student.safetensors")
+    moments = load_file(path / "optimizer.safetensors")
+    moments.pop("0.exp_avg")
+    save_file(moments, path / "optimizer.safetensors")
+    with pytest.raises(CheckpointFailure, match=r"at '0.exp_avg': found nothing, needed \("):
+        train(tiny("train.steps=8"), resume=True)
+    (path / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointFailure, match=r"optimizer\.safetensors cannot be read"):
+        train(tiny("train.steps=8"), resume=True)
+    (path / "state.json").write_text("{")
+    with pytest.raises(CheckpointFailure, match=r"state\.json cannot be read"):
+        train(tiny("train.steps=8"), resume=True)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in ("step-999999", "step-1000000", "step-000002"):
+        (tmp_path / step).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
+
+
+def test_checkpoints_without_a_recipe_are_not_taken_over(tiny):
+    folder = train(tiny())
+    folder.recipe_file.unlink()
+    with pytest.raises(RecipeError, match="already holds a run"):
+        train(tiny())
+    with pytest.raises(RecipeError, match=r"no recipe\.yaml"):
+        train(tiny("train.steps=8"), resume=True)
 
 
 def test_a_second_process_on_a_run_folder_is_refused(tiny, tmp_path):

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from danceopd import runs
 from danceopd.data.manifest import write_image_file
+from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import read_safetensors, save_lora
 from danceopd.recipe import RecipeError
 from danceopd.runs import check, evaluate, export, model_velocities, sample_images, train
 from danceopd.training import checkpoint as checkpoint_module
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_tensors
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints
 from danceopd.training.ema import EMA
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import NonFiniteLoss, Trainer, learning_rate_factor, load_run
@@ -42,7 +44,7 @@ def test_accumulation_averages_micro_batches_and_keeps_one_route_per_update(tiny
     recipe = tiny(
         "student.init=base",
         "train.gradient_accumulation_steps=4",
-        "routing.per=step",
+        "routing={per: step}",
         "train.batch_size=8",
         "train.max_grad_norm=1e9",
     )
@@ -77,7 +79,7 @@ def test_a_non_finite_loss_stops_names_the_route_and_saves_nothing_broken(tiny):
         trainer.run()
     (last,) = checkpoints(folder.checkpoints)
     assert last.name == "step-000002"
-    assert all(bool(t.isfinite().all()) for t in load_tensors(last, "student").values())
+    assert all(bool(t.isfinite().all()) for t in load_file(last / "student.safetensors").values())
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, monkeypatch):
@@ -209,12 +211,39 @@ def test_evaluation_reproduces_itself_and_damaged_weights_score_lower(tiny):
     assert set(first["models"]) == {"base", "edit", "student"}
     assembly, _ = load_run(folder, device=CPU)
     assert set(model_velocities(assembly)) == set(first["models"])
+    for name, capability in (("base", "t2i"), ("edit", "edit")):  # unseen scenes: within the intervals of both
+        unseen = evaluate(folder, folder.read_recipe().evaluate.model_copy(update={"seed": 5}))
+        spans = [report["intervals"][name][capability]["overall"] for report in (first, unseen)]
+        assert max(low for low, _ in spans) <= min(high for _, high in spans)
     path = checkpoints(folder.checkpoints)[-1] / "ema.safetensors"
-    damaged = {name: tensor + torch.randn_like(tensor) for name, tensor in load_tensors(path.parent, "ema").items()}
+    damaged = {name: tensor + torch.randn_like(tensor) for name, tensor in load_file(path).items()}
     checkpoint_module.save_file(damaged, path)
     worse = evaluate(folder)
     assert worse["models"]["student"]["t2i"]["overall"] < first["models"]["student"]["t2i"]["overall"]
     assert worse["models"]["base"] == first["models"]["base"]
+
+
+def test_a_student_that_diverged_scores_zero_and_is_counted(tiny):
+    folder = train(tiny("train.steps=2"))
+    path = checkpoints(folder.checkpoints)[-1] / "ema.safetensors"
+    broken = {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(path).items()}
+    checkpoint_module.save_file(broken, path)
+    report = evaluate(folder)
+    assert report["models"]["student"]["t2i"]["overall"] == 0.0
+    assert report["non_finite_images"] == {"t2i/student": 12, "edit/student": 12}
+
+
+def test_targets_that_the_network_lacks_are_refused(tiny):
+    with pytest.raises(AdapterMismatch, match=r"named 'to_outt' \(did you mean 'to_out'\?\)"):
+        assemble(tiny("student.init=base", "student.lora.targets=[to_qkv, to_outt]"), device=CPU)
+
+
+def test_a_manifest_that_changed_is_refused_on_resume(tiny, tmp_path):
+    recipe = manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"})
+    train(recipe)
+    changed = manifest_recipe(tiny, tmp_path, {"prompt": "a blue circle"})
+    with pytest.raises(CheckpointFailure, match="data of t2i"):
+        train(changed.model_copy(update={"train": changed.train.model_copy(update={"steps": 8})}), resume=True)
 
 
 def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):

@@ -4,7 +4,7 @@ import torch
 
 from danceopd.world.generator import GeneratedExamples, evaluation_set
 from danceopd.world.tasks import EDIT_TASKS, T2I_TASKS, draw_edit, draw_text_to_image
-from danceopd.world.text import MAX_TOKENS, TextEncoder, UnknownWord, tokenize
+from danceopd.world.text import MAX_TOKENS, PHRASE, TextEncoder, UnknownWord, parse, phrase_targets, tokenize
 
 
 def test_every_sentence_of_the_world_is_in_the_vocabulary():
@@ -47,3 +47,28 @@ def test_evaluation_scenes_are_fresh_and_fixed():
     assert drawn == evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=0)
     assert drawn != evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=1)
     assert evaluation_set(["counting"], per_task=5, seed=0)[:3] == drawn[6:9]
+
+
+def test_a_sentence_is_parsed_into_what_it_says_of_each_object():
+    assert parse("a red circle and a blue square") == {
+        2: {"shape": "circle", "order": "first", "role": "drawn", "color": "red"},
+        6: {"shape": "square", "order": "second", "role": "drawn", "color": "blue"},
+    }
+    above = parse("a cross above a triangle on a pink background")
+    assert [said["side"] for said in above.values()] == ["above", "below"]
+    assert parse("three crosses") == {1: {"shape": "cross", "order": "first", "role": "drawn", "number": "three"}}
+    (added,) = parse("add a cyan square at the bottom right").values()
+    assert (added["role"], added["row"], added["column"]) == ("added", "bottom", "right")
+    (recolored,) = parse("make the red circle purple").values()
+    assert (recolored["color"], recolored["new_color"]) == ("red", "purple")
+    assert [said["role"] for said in parse("replace the red circle with a blue cross").values()] == [
+        "replaced",
+        "replacement",
+    ]
+
+
+def test_the_encoder_is_asked_at_the_nouns_only():
+    targets = phrase_targets(["a red circle"])[0]
+    assert bool((targets[3] >= 0).all())  # <start> a red circle
+    assert bool((targets[[0, 1, 2, 4, 15]] == -1).all())
+    assert int(targets[3, list(PHRASE).index("color")]) == PHRASE["color"].index("red") + 1

@@ -58,7 +58,7 @@ class JointTraining:
         chosen = self.router.draw(batch_size, generator) if routes is None else routes
         losses = UpdateLosses(self.routes, batch_size, backward)
         calls = NetworkCalls()
-        for batch in draw_batches(self.routes, chosen, generator, self.device):
+        for batch in draw_batches(self.routes, chosen, generator, self.device, targets=True):
             clean = _targets(self.routes, batch)
             drawn = torch.randn(len(clean), generator=generator) * self.sigma_std + self.sigma_mean
             sigma = torch.sigmoid(drawn).to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,13 @@ class Manifest:
         self.lines: list[ManifestLine] = []
         self.numbers: list[int] = []
         """Line number in the file of each example."""
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{path} is not UTF-8 text: {error}") from error
+        for number, text in enumerate(content.removesuffix("\n").split("\n") if content else [], start=1):
             if not text.strip():
-                continue
+                raise ManifestError(f"{path}, line {number}: the line is empty")
             try:
                 line = ManifestLine.model_validate_json(text)
             except ValidationError as error:
@@ -82,6 +87,15 @@ class Manifest:
     @property
     def edits(self) -> bool:
         return self.lines[0].source is not None
+
+    def digest(self) -> str:
+        """SHA-256 of the file and of every image that it names."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        for line in self.lines:
+            for name in (line.source, line.target):
+                if name is not None:
+                    digest.update((self.path.parent / name).read_bytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -30,9 +30,17 @@ class RoutedBatch:
 
 
 def draw_batches(
-    routes: Sequence[Route], chosen: Tensor, generator: torch.Generator, device: torch.device | str
+    routes: Sequence[Route],
+    chosen: Tensor,
+    generator: torch.Generator,
+    device: torch.device | str,
+    *,
+    targets: bool = False,
 ) -> list[RoutedBatch]:
-    """Draw each route's data and gather the samples by shape signature, so that one rollout serves many routes."""
+    """Draw each route's data and gather the samples by shape signature, so that one rollout serves many routes.
+
+    targets: keep target images (samples with and without one then go apart); without it they are dropped.
+    """
     groups: dict[Any, list[tuple[int, Any, tuple[int, ...], Tensor | None]]] = {}
     for index, route in enumerate(routes):
         count = int((chosen == index).sum())
@@ -43,14 +51,15 @@ def draw_batches(
         if route.dropout > 0 and route.empty is not None:
             dropped = torch.rand(count, generator=generator) < route.dropout
             condition = replace_where(condition, dropped, route.empty)
-        key = (samples.shape, signature(condition), samples.target is None)
-        groups.setdefault(key, []).append((index, condition, samples.shape, samples.target))
+        target = samples.target if targets else None
+        key = (samples.shape, signature(condition), target is None)
+        groups.setdefault(key, []).append((index, condition, samples.shape, target))
     batches = []
     for members in groups.values():
         counts = [int((chosen == index).sum()) for index, *_ in members]
         route = torch.cat([torch.full((n,), member[0]) for n, member in zip(counts, members, strict=True)])
-        targets = [member[3] for member in members]
-        target = None if targets[0] is None else torch.cat([t for t in targets if t is not None]).to(device)
+        present = [member[3] for member in members if member[3] is not None]
+        target = torch.cat(present).to(device) if present else None
         batches.append(RoutedBatch(route, concatenate([member[1] for member in members]), members[0][2], target))
     return batches
 

@@ -1,7 +1,8 @@
 """What the student is asked for at a queried state: the field's velocity, in plain mean squared error.
 
-The weighted variants exist for the ablation. A weight is a function of the state's sigma, normalised to mean 1 over
-the query band, so that the learning rate means the same; the paper does not define its own normalisation.
+The weighted variants exist for the ablation. A weight belongs to a step of the grid (a state between grid points takes
+that of the one before), normalised to mean 1 over a single query of the band, so that the learning rate means the same;
+the paper does not define its own normalisation.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class VelocityMSE:
     """
 
     weighting: Literal["none", "timestep", "kl"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("none", "timestep", "kl"):
+            raise ValueError(f"a weighting is 'none', 'timestep' or 'kl', found {self.weighting!r}")
 
     def losses(self, student: Tensor, field: Tensor, query: Query, grid: Grid, band: QueryBand) -> Tensor:
         """Loss per sample, mean over elements: [B]. student, field [B, ...]; query B x 1 of the states compared."""

@@ -2,7 +2,8 @@
 
 On an N-step grid, u ~ band, k = min(floor(u N), N - 1): k = 0 is pure noise, k = N - 1 the cleanest state that a model
 is ever called on (DanceOPD, section 3.3). Because grids are shifted, the same k is another sigma in every family, so a
-band can also be laid over sigma = 1 - u; a sigma between grid points is reached by a shortened last step.
+band can also be laid over sigma = 1 - u, conditioned on the sigmas that lie between the first and the last that a model
+is called on; a sigma between grid points is reached by a shortened last step.
 """
 
 from __future__ import annotations
@@ -52,12 +53,15 @@ class BetaQuery:
     per_rollout: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.a, self.b) <= 0 or self.per_rollout < 1:
-            raise ValueError(f"BetaQuery needs a, b > 0 and per_rollout >= 1, found {self}")
+        if min(self.a, self.b) <= 0:
+            raise ValueError(f"BetaQuery needs a, b > 0, found {self}")
+        _check_options(self.over, self.per_rollout)
 
     def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
         if self.over == "sigma":
-            return _at_sigma(1 - self._inverse_cdf(_uniform(batch, self.per_rollout, generator)), grid)
+            low, high = self._cdf(_sigma_edges(grid)[[0, -1]])
+            probability = low + (high - low) * _uniform(batch, self.per_rollout, generator)
+            return _at_sigma(1 - self._inverse_cdf(probability), grid)
         if self.per_rollout == 1:
             u = self._inverse_cdf(_uniform(batch, 1, generator))
             return _at_step((u * grid.steps).long().clamp_max(grid.steps - 1), grid)
@@ -68,11 +72,9 @@ class BetaQuery:
 
     def step_probabilities(self, grid: Grid) -> Tensor:
         if self.over == "step":
-            edges = torch.arange(grid.steps + 1, dtype=torch.float64) / grid.steps
-        else:
-            edges = 1 - grid.sigmas.double()
-            edges[0], edges[-1] = 0.0, 1.0
-        return self._cdf(edges).diff()
+            return self._cdf(torch.arange(grid.steps + 1, dtype=torch.float64) / grid.steps).diff()
+        mass = self._cdf(_sigma_edges(grid)).diff()
+        return torch.cat([mass / mass.sum(), mass.new_zeros(1)])  # the last sigma alone is a single point
 
     def expected_depth(self, grid: Grid) -> float:
         return _mean_depth(self, grid)
@@ -99,11 +101,15 @@ class StratifiedQuery:
     over: Literal["step", "sigma"] = "step"
     per_rollout: int = 1
 
+    def __post_init__(self) -> None:
+        _check_options(self.over, self.per_rollout)
+
     def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
         parts = torch.arange(self.per_rollout, dtype=torch.float64)
         u = (parts + _uniform(batch, self.per_rollout, generator)) / self.per_rollout
         if self.over == "sigma":
-            return _at_sigma(1 - u, grid)
+            low, high = _sigma_edges(grid)[[0, -1]]
+            return _at_sigma(1 - (low + (high - low) * u), grid)
         _check_distinct(self.per_rollout, grid)
         if grid.steps % self.per_rollout:
             # Parts that do not end on steps: split the steps as evenly as whole numbers allow, so that none repeats.
@@ -149,6 +155,14 @@ BANDS = {
 """The recipe's names for query bands."""
 
 
+def _check_options(over: str, per_rollout: int) -> None:
+    if over not in ("step", "sigma") or per_rollout < 1:
+        raise ValueError(
+            f"a query band needs over 'step' or 'sigma' and per_rollout >= 1, found over {over!r} and "
+            f"per_rollout {per_rollout}"
+        )
+
+
 def _mean_depth(band: QueryBand, grid: Grid) -> float:
     """Mean over 4000 drawn queries."""
     drawn = band.draw(4000, grid, torch.Generator().manual_seed(0))
@@ -169,8 +183,15 @@ def _at_step(step: Tensor, grid: Grid) -> Query:
     return Query(step, grid.sigmas[step])
 
 
+def _sigma_edges(grid: Grid) -> Tensor:
+    """1 - sigma of every grid point that a model is called on: float64 [N], rising."""
+    if grid.steps < 2:
+        raise ValueError("a band over sigma needs a grid of at least two steps")
+    return 1 - grid.sigmas[:-1].double()
+
+
 def _at_sigma(sigma: Tensor, grid: Grid) -> Query:
-    """Clamp to the sigmas that a model is called on and find the grid point before each."""
+    """The grid point at or before each sigma (clamped against rounding to those that a model is called on)."""
     sigma = sigma.sort(dim=1, descending=True).values.float()
     sigma = sigma.clamp(float(grid.sigmas[-2]), float(grid.sigmas[0]))
     step = (grid.sigmas[None, None, :-1] >= sigma[..., None]).sum(-1) - 1

@@ -99,7 +99,14 @@ class Router:
 
 
 def router_for(routes: Sequence[Route], per: Literal["sample", "step"], stratified: bool = False) -> Router:
-    """A router with the routes' weights."""
+    """A router with the routes' weights.
+
+    Raises:
+        ValueError: if two routes have one name, or the router's own reasons.
+    """
+    names = [route.name for route in routes]
+    if len(set(names)) != len(names):
+        raise ValueError(f"routes need different names, found {', '.join(names)}")
     return Router(tuple(route.weight for route in routes), per, stratified)
 
 

@@ -37,6 +37,11 @@ class DanceOPD:
     states: StateSource = "student"
     device: torch.device | str = "cpu"
 
+    def __post_init__(self) -> None:
+        if self.states not in ("student", "teacher", "data"):
+            raise ValueError(f"states are 'student', 'teacher' or 'data', found {self.states!r}")
+        self.router  # noqa: B018 - checks the routes
+
     @property
     def router(self) -> Router:
         return router_for(self.routes, self.per, self.stratified)
@@ -71,7 +76,7 @@ class DanceOPD:
         chosen = self.router.draw(batch_size, generator) if routes is None else routes
         losses = UpdateLosses(self.routes, batch_size * self.query.per_rollout, backward)
         calls = NetworkCalls()
-        for batch in draw_batches(self.routes, chosen, generator, self.device):
+        for batch in draw_batches(self.routes, chosen, generator, self.device, targets=self.states == "data"):
             query = self.query.draw(len(batch.route), self.grid, generator)
             noise = torch.randn(len(batch.route), *batch.shape, generator=generator).to(self.device)
             rolled = queried_states(self.states, student, self.routes, batch, noise, self.grid, query)

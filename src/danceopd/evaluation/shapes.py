@@ -14,7 +14,7 @@ from torch import Tensor
 
 from danceopd.data.manifest import write_image_file
 from danceopd.distill.solver import VelocityFunction, integrate
-from danceopd.evaluation.statistics import overall_estimate, ratio_estimate, task_estimate
+from danceopd.evaluation.statistics import Estimate, overall_estimate, ratio_estimate, task_estimate
 from danceopd.families.family import Family
 from danceopd.recipe import EvaluatePart
 from danceopd.states import concatenate
@@ -29,11 +29,15 @@ _NOISE_SEED = 77_000
 
 @dataclass(frozen=True)
 class Scored:
-    """One model on one capability. scores [tasks, n]; realism [tasks, n] or None; shown: first image of each task."""
+    """One model on one capability. scores [tasks, n]; realism [tasks, n] or None; shown: first image of each task.
+
+    non_finite: images that hold infinite values or NaN; they score 0.
+    """
 
     scores: np.ndarray
     realism: np.ndarray | None
     shown: Tensor
+    non_finite: int
 
 
 def guided(velocity: VelocityFunction, family: Family, guidance_scale: float) -> VelocityFunction:
@@ -59,11 +63,13 @@ def score_model(
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Scored:
-    """Sample every evaluation scene of a capability and score it. Scenes and noise depend on ``part.seed`` alone."""
+    """Sample every evaluation scene of a capability and score it.
+
+    Scene j of a task and its noise depend on (``part.seed``, task, j) alone.
+    """
     tasks = CAPABILITIES[capability]
     examples = evaluation_set(tasks, per_task=part.scenes_per_task, seed=part.seed)
-    generator = torch.Generator().manual_seed(_NOISE_SEED + part.seed)
-    noise = torch.randn(len(examples), 3, 32, 32, generator=generator)
+    noise = torch.cat([scene_noise(part.seed, index, part.scenes_per_task) for index in range(len(tasks))])
     grid = family.grid(part.num_inference_steps, part.shift)
     images = []
     for first in range(0, len(examples), part.batch_size):
@@ -74,13 +80,20 @@ def score_model(
         images.append(family.decode(latents).cpu())
         on_batch(len(chunk))
     drawn = torch.cat(images)
-    pairs = list(zip(drawn.numpy(), examples, strict=True))
+    whole = drawn.flatten(1).isfinite().all(1).tolist()
+    judged = list(zip(whole, drawn.numpy(), examples, strict=True))
     shape = (len(tasks), part.scenes_per_task)
     realism = None
     if capability == "t2i":
-        realism = np.array([realism_reward(image) for image, _ in pairs]).reshape(shape)
-    scores = np.array([_score(image, example) for image, example in pairs]).reshape(shape)
-    return Scored(scores, realism, drawn[:: part.scenes_per_task])
+        realism = np.array([realism_reward(image) if fine else 0.0 for fine, image, _ in judged]).reshape(shape)
+    scores = np.array([_score(image, example) if fine else 0.0 for fine, image, example in judged]).reshape(shape)
+    return Scored(scores, realism, drawn[:: part.scenes_per_task].nan_to_num(), non_finite=whole.count(False))
+
+
+def scene_noise(seed: int, task: int, count: int) -> Tensor:
+    """Starting noise of a task's first ``count`` scenes: [count, 3, 32, 32]."""
+    generator = torch.Generator().manual_seed(_NOISE_SEED + 1000 * seed + task)
+    return torch.randn(count, 3, 32, 32, generator=generator)
 
 
 def condition_of(examples: Sequence[TextToImage | Edit], family: Family):
@@ -110,7 +123,8 @@ def evaluate_models(
     """Score every model on every capability; the content of ``evaluation.json``.
 
     ``models.NAME.CAPABILITY`` maps tasks and ``overall`` to scores; ``intervals`` has the same shape with
-    [low, high]; ``student_over`` gives the student's overall over each other model's, paired by scene.
+    [low, high]; ``student_over`` gives the student's overall over each other model's, and ``over_base`` every model's
+    over the base's, paired by scene; ``realism_reward`` the mean reward of a model's text-to-image pictures.
     """
     started = time.monotonic()
     rng = np.random.default_rng(part.seed)
@@ -118,6 +132,9 @@ def evaluate_models(
         "models": {name: {} for name in models},
         "intervals": {name: {} for name in models},
         "student_over": {},
+        "over_base": {},
+        "realism_reward": {},
+        "non_finite_images": {},
         "scenes_per_task": part.scenes_per_task,
         "num_inference_steps": part.num_inference_steps,
         "guidance_scale": part.guidance_scale,
@@ -140,17 +157,25 @@ def evaluate_models(
             }
             realism = scored[name].realism
             if realism is not None:
-                report["models"][name]["realism_reward"] = round(float(realism.mean()), 4)
+                report["realism_reward"][name] = _rounded(overall_estimate(realism, rng))
+            if scored[name].non_finite:
+                report["non_finite_images"][f"{capability}/{name}"] = scored[name].non_finite
         for name in models:
             if name != "student" and "student" in models:
                 ratio = ratio_estimate(scored["student"].scores, scored[name].scores, rng)
-                entry = None if ratio is None else {key: round(v, 4) for key, v in asdict(ratio).items()}
-                report["student_over"].setdefault(name, {})[capability] = entry
+                report["student_over"].setdefault(name, {})[capability] = _rounded(ratio)
+            if name != "base" and "base" in models:
+                ratio = ratio_estimate(scored[name].scores, scored["base"].scores, rng)
+                report["over_base"].setdefault(name, {})[capability] = _rounded(ratio)
         if pictures is not None:
             shown += _write_pictures(pictures, capability, scored, part)
     report["seconds"]["evaluation"] = round(time.monotonic() - started, 2)
     report["shown"] = shown
     return report
+
+
+def _rounded(estimate: Estimate | None) -> dict[str, float] | None:
+    return None if estimate is None else {key: round(value, 4) for key, value in asdict(estimate).items()}
 
 
 def _write_pictures(folder: Path, capability: str, scored: dict[str, Scored], part: EvaluatePart) -> list[dict]:

@@ -36,6 +36,11 @@ class Family(Protocol):
         """The module whose weights checkpoints and adapters are about."""
         ...
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """Weight files that every field rests on besides the base, by what they are."""
+        ...
+
     def resolve(self, reference: str) -> Path:
         """The weight file that a recipe's reference (``family:name`` or a path) means."""
         ...

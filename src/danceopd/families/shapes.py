@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid, shifted_grid
 from danceopd.fields.guidance import linear_guidance
 from danceopd.fields.teachers import CheckpointError, load_checkpoint
-from danceopd.states import Condition, Samples
+from danceopd.states import Condition, Samples, select
 from danceopd.world.generator import GeneratedExamples
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
 from danceopd.world.render import IMAGE_SIZE
@@ -55,7 +56,6 @@ class ShapesFamily:
         self._base_path = self.resolve(base)
         load_checkpoint(network, self._base_path)
         self._model = ShapesModel(network).eval()
-        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def model(self) -> ShapesModel:
@@ -70,6 +70,10 @@ class ShapesFamily:
         load_checkpoint(network, path or self._base_path)
         return ShapesModel(network).to(self.device).eval()
 
+    @property
+    def files(self) -> dict[str, Path]:
+        return {"text encoder": self.weights / "text.safetensors"}
+
     def resolve(self, reference: str) -> Path:
         if reference.startswith("shapes:"):
             name = reference.removeprefix("shapes:")
@@ -82,28 +86,21 @@ class ShapesFamily:
         return GeneratedExamples(name, size=size, seed=seed)
 
     def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Condition:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        if new:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                tokens, pooled = self.encoder(tokenize(new).to(self.device))
-            self._embeddings.update(zip(new, zip(tokens, pooled, strict=True), strict=True))
-        rows = [self._embeddings[prompt] for prompt in prompts]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens, pooled = self.encoder(tokenize(list(prompts)).to(self.device))
         source = None
         if sources is not None:
             for index, image in enumerate(sources):
                 if image.shape != (3, IMAGE_SIZE, IMAGE_SIZE):
                     raise ValueError(f"source image {index} has shape {tuple(image.shape)}, needed (3, 32, 32)")
             source = torch.stack(list(sources)).to(self.device)
-        return Condition(
-            prompt_embeds=torch.stack([row[0] for row in rows]),
-            pooled_embeds=torch.stack([row[1] for row in rows]),
-            source=source,
-        )
+        return Condition(prompt_embeds=tokens, pooled_embeds=pooled, source=source)
 
     def empty(self, condition: Condition, negative_prompt: str = "") -> Condition:
-        count = len(condition.prompt_embeds)
-        blank = self.encode([negative_prompt] * count, None)
-        return Condition(prompt_embeds=blank.prompt_embeds, pooled_embeds=blank.pooled_embeds, source=condition.source)
+        blank = select(
+            self.encode([negative_prompt], None), torch.zeros(len(condition.prompt_embeds), dtype=torch.int64)
+        )
+        return replace(blank, source=condition.source)
 
     def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
         return linear_guidance(conditional, empty, guidance_scale)
@@ -129,4 +126,3 @@ class ShapesFamily:
         self.device = device
         self.encoder.to(device)
         self._model.to(device)
-        self._embeddings.clear()

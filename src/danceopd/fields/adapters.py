@@ -7,6 +7,7 @@ called between its forward and its backward pass. Nothing here touches ``require
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class AdapterBackbone:
         start: Lora | None = None,
     ) -> None:
         """Put a new trainable LoRA on the backbone: a copy of ``start``, or A uniform from ``generator`` and B zero."""
+        self._check_targets(name, targets)
         self._inject(name, LoraConfig(r=rank, lora_alpha=_alpha(alpha), target_modules=list(targets)))
         if start is not None:
             self._check(name, start)
@@ -110,8 +112,8 @@ class AdapterBackbone:
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's parameters, by their names in the module."""
-        marker = f".{name}."
-        return ((key, value) for key, value in self.module.named_parameters() if marker in key and ".lora_" in key)
+        markers = f".lora_A.{name}.", f".lora_B.{name}."
+        return ((key, value) for key, value in self.module.named_parameters() if any(mark in key for mark in markers))
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         return [value for _, value in self.named_parameters(name)]
@@ -127,9 +129,7 @@ class AdapterBackbone:
         Raises:
             KeyError: for an adapter that the backbone does not have.
         """
-        unknown = [name for name in names if name not in self.names]
-        if unknown:
-            raise KeyError(f"no adapter {unknown[0]!r} on this backbone; it has {', '.join(self.names) or 'none'}")
+        self._require(names)
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         self._switch(names)
         try:
@@ -139,7 +139,12 @@ class AdapterBackbone:
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
     def activate(self, *names: str) -> None:
-        """Let forward passes outside any ``use`` go through these adapters (the student's)."""
+        """Let forward passes outside any ``use`` go through these adapters (the student's).
+
+        Raises:
+            KeyError: for an adapter that the backbone does not have.
+        """
+        self._require(names)
         self._switch(names)
 
     def folded(self, model: nn.Module, *names: str) -> dict[str, Tensor]:
@@ -156,6 +161,21 @@ class AdapterBackbone:
                         weight = weight + layer.scaling[name] * (b @ a)
             weights[known[id(own)]] = weight
         return weights
+
+    def _require(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise KeyError(f"no adapter {unknown[0]!r} on this backbone; it has {', '.join(self.names) or 'none'}")
+
+    def _check_targets(self, name: str, targets: Sequence[str]) -> None:
+        """Every target must name a linear layer, by its whole name or by its end."""
+        plain = {key for key, value in self.module.named_modules() if isinstance(value, nn.Linear)}
+        linear = {key.removesuffix(".base_layer") for key in plain if ".lora_" not in key}
+        for target in targets:
+            if not any(key == target or key.endswith(f".{target}") for key in linear):
+                near = difflib.get_close_matches(target, sorted({key.rpartition(".")[2] for key in linear}), n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise AdapterMismatch(f"LoRA {name!r}: no linear layer of this backbone is named {target!r}{hint}")
 
     def _switch(self, names: Sequence[str]) -> None:
         for layer in self._layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from danceopd.files import write_text
 from danceopd.training.run_folder import RunFolder
 
 COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8e6bb0", "#b8860b", "#5c6b73")
@@ -35,15 +37,12 @@ def write_report(folder: RunFolder) -> Path:
         score_plot=_score_plot(evaluation),
         recipe=folder.recipe_file.read_text(),
     )
-    aside = folder.report_file.with_suffix(".tmp")
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(folder.report_file)
+    write_text(folder.report_file, html)
     return folder.report_file
 
 
 def _capabilities(evaluation: dict[str, Any]) -> list[str]:
-    first = next(iter(evaluation["models"].values()))
-    return [name for name, value in first.items() if isinstance(value, dict)]
+    return list(next(iter(evaluation["models"].values())))
 
 
 def _table(evaluation: dict[str, Any], capability: str) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def _picture_row(folder: RunFolder, row: dict[str, Any]) -> dict[str, Any]:
 def _loss_plot(metrics: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(figsize=(6.4, 3.2))
     routes = sorted({key for line in metrics for key in line if key.startswith("loss/")})
-    for color, key in zip(COLORS, routes, strict=False):
+    for color, key in zip(itertools.cycle(COLORS), routes, strict=False):
         points = [(line["step"], line[key]) for line in metrics if key in line]
         steps, losses = (np.array(values) for values in zip(*points, strict=True))
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
@@ -99,7 +98,7 @@ def _loss_plot(metrics: list[dict[str, Any]]) -> str:
 def _score_plot(evaluation: dict[str, Any]) -> str:
     """Text-to-image against editing, every model a point with its intervals."""
     figure, axes = plt.subplots(figsize=(4.6, 3.6))
-    for color, (model, scores) in zip(COLORS, evaluation["models"].items(), strict=False):
+    for color, (model, scores) in zip(itertools.cycle(COLORS), evaluation["models"].items(), strict=False):
         x, y = scores["t2i"]["overall"], scores["edit"]["overall"]
         spans = [evaluation["intervals"][model][capability]["overall"] for capability in ("t2i", "edit")]
         (x_low, x_high), (y_low, y_high) = spans

@@ -114,7 +114,7 @@ def _copy(parameters: dict[str, nn.Parameter], values: list[torch.Tensor]) -> No
 
 @dataclass(frozen=True)
 class Assembly:
-    """A recipe made live. ``hashes``: SHA-256 of every weight file by the reference that the recipe gives."""
+    """A recipe made live. ``hashes``: SHA-256 of every weight file and manifest, by what the recipe calls it."""
 
     recipe: Recipe
     family: Family
@@ -177,6 +177,12 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
         device=device,
     )
     hashes = {reference: file_hash(family.resolve(reference)) for reference in references}
+    hashes |= {name: file_hash(path) for name, path in family.files.items()}
+    hashes |= {
+        f"data of {name}": bucket.source.digest()
+        for name, bucket in buckets.items()
+        if isinstance(bucket.source, Manifest)
+    }
     return Assembly(recipe, family, AdapterField(backbone, family.model), fields, method, student, buckets, hashes)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -80,6 +80,8 @@ def save_checkpoint(
             shutil.rmtree(target)
         aside.rename(target)
         _sync(folder)
+        for old in [*checkpoints(folder)[:-keep], *folder.glob(".writing-*")]:
+            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = latest_checkpoint(folder)
@@ -87,14 +89,12 @@ def save_checkpoint(
             f"could not write checkpoint {target}: {error}; "
             + (f"the previous one, {kept.name}, is whole" if kept else "there is no earlier one")
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return target
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: int(path.name[5:]))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -104,17 +104,43 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint_state(path: Path) -> TrainingState:
-    """A checkpoint's ``state.json``."""
-    return TrainingState.model_validate_json((path / "state.json").read_text())
+    """A checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointFailure: if it is missing or damaged.
+    """
+    try:
+        return TrainingState.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointFailure(f"{path / 'state.json'} cannot be read: {error}") from error
 
 
-def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """A checkpoint's tensors: ``student``, ``ema`` or ``optimizer``."""
-    return load_file(path / f"{name}.safetensors")
+def load_tensors(path: Path, name: str, into: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's ``student`` or ``ema`` tensors into ``into``; names and shapes must be the same.
+
+    Raises:
+        CheckpointFailure: if the file is damaged, or naming the first tensor that does not fit.
+    """
+    saved = _read(path / f"{name}.safetensors")
+    _require_same(path / f"{name}.safetensors", saved, {key: tuple(tensor.shape) for key, tensor in into.items()})
+    with torch.no_grad():
+        for key, tensor in into.items():
+            tensor.copy_(saved[key])
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put flattened state back; hyperparameters stay those of the recipe."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Put a checkpoint's optimiser state back; hyperparameters stay those of the recipe.
+
+    Raises:
+        CheckpointFailure: if the file is damaged or holds the state of other parameters.
+    """
+    tensors = _read(path / "optimizer.safetensors")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    needed: dict[str, tuple[int, ...]] = {}
+    for index, parameter in enumerate(parameters):
+        needed |= {f"{index}.step": (), f"{index}.exp_avg": tuple(parameter.shape)}
+        needed |= {f"{index}.exp_avg_sq": tuple(parameter.shape)}
+    _require_same(path / "optimizer.safetensors", tensors, needed)
     content = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
@@ -132,6 +158,23 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointFailure(f"{path} cannot be read: {error}") from error
+
+
+def _require_same(path: Path, saved: dict[str, Tensor], needed: dict[str, tuple[int, ...]]) -> None:
+    found = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    for key in sorted(found.keys() | needed.keys()):
+        if found.get(key) != needed.get(key):
+            raise CheckpointFailure(
+                f"{path} does not fit this run at {key!r}: found {found.get(key, 'nothing')}, "
+                f"needed {needed.get(key, 'nothing')}"
+            )
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -141,7 +184,7 @@ def _sync(path: Path) -> None:
 
 
 def check_hashes(recorded: dict[str, str], now: dict[str, str]) -> None:
-    """Refuse to resume over sources that changed.
+    """Refuse to resume over sources or data that changed.
 
     Raises:
         CheckpointFailure: naming the sources.

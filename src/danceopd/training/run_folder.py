@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from danceopd.files import write_text
 from danceopd.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 
 
@@ -53,7 +54,7 @@ class RunFolder:
             yield
 
     def write_recipe(self, recipe: Recipe) -> None:
-        self.recipe_file.write_text(dump_recipe(recipe), encoding="utf-8")
+        write_text(self.recipe_file, dump_recipe(recipe))
 
     def read_recipe(self) -> Recipe:
         """The resolved recipe of this run.
@@ -68,7 +69,13 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        lines = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # cut off by a kill; a resumed run writes it again
+                continue
+        return lines
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines of updates that a resumed run will make again (and a line cut off by a kill)."""
@@ -81,9 +88,7 @@ class RunFolder:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue
-        aside = self.metrics_file.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(self.metrics_file)
+        write_text(self.metrics_file, "".join(line + "\n" for line in kept))
 
 
 class Tracker:

@@ -83,12 +83,9 @@ class Trainer:
             return
         state = load_checkpoint_state(path)
         check_hashes(state.hashes, self.assembly.hashes)
-        for name, tensors in (("student", self._live()), ("ema", self._averaged())):
-            saved = load_tensors(path, name)
-            for key, tensor in tensors.items():
-                with torch.no_grad():
-                    tensor.copy_(saved[key])
-        restore_optimizer(self.optimizer, load_tensors(path, "optimizer"))
+        load_tensors(path, "student", self._live())
+        load_tensors(path, "ema", self._averaged())
+        restore_optimizer(self.optimizer, path)
         self.step, self.ema.updates, self.seconds = state.step, state.ema_updates, state.seconds
         self.calls = NetworkCalls(**state.calls)
         self.generator.set_state(unpack_generator(state.generator))
@@ -116,14 +113,16 @@ class Trainer:
                     self.seconds += time.monotonic() - started
                     tracker.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
                     progress.update(task, completed=self.step, loss=f"loss {metrics['loss']:.4f}")
-                    due = self.step % part.checkpointing_steps == 0 or self.step == part.steps
-                    if due or stop:
+                    saved = self.step % part.checkpointing_steps == 0 or self.step == part.steps
+                    if saved:
                         self.save()
                     if part.sample_steps and self.step % part.sample_steps == 0 and self.on_samples is not None:
                         with self.assembly.student.using(self.ema.average):
                             self.on_samples(self.assembly, self.step)
-                    if stop and self.step < part.steps:
+                    if stop:
                         number = stop[0]
+                        if not saved:
+                            self.save()
                         raise Interrupted(
                             f"{signal.Signals(number).name}: stopped after update {self.step}, which is saved; "
                             "go on with --resume",
@@ -231,7 +230,7 @@ def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
 
 
 def load_run(folder: RunFolder, *, device: torch.device) -> tuple[Assembly, TrainingState]:
-    """A trained run's student, under its averaged weights (its live ones where no average was kept).
+    """A trained run's student, under its averaged weights.
 
     Raises:
         CheckpointFailure: if there is no checkpoint, or a source changed since.
@@ -242,10 +241,7 @@ def load_run(folder: RunFolder, *, device: torch.device) -> tuple[Assembly, Trai
         raise CheckpointFailure(f"{folder.path} holds no checkpoint yet")
     state = load_checkpoint_state(path)
     check_hashes(state.hashes, assembly.hashes)
-    saved = load_tensors(path, "ema")
-    with torch.no_grad():
-        for name, parameter in assembly.student.parameters.items():
-            parameter.copy_(saved[name])
+    load_tensors(path, "ema", dict(assembly.student.parameters))
     return assembly, state
 
 
