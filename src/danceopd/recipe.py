@@ -73,7 +73,10 @@ class LoraPart(_Part):
 class StudentPart(_Part):
     """What is trained, and what it starts from."""
 
-    init: str = Field(default="base", description="'base', or the name of a LoRA field to start from.")
+    init: str | dict[str, float] = Field(
+        default="base",
+        description="'base', the name of a LoRA field to start from, or {field: weight, ...} for their weight merge.",
+    )
     init_mode: Literal["trainable", "merged"] = Field(
         default="trainable",
         description="With a LoRA init: go on training that LoRA, or keep it frozen under a new one.",
@@ -84,6 +87,11 @@ class StudentPart(_Part):
     def _merged_under_a_lora(self) -> StudentPart:
         if self.init_mode == "merged" and (self.init == "base" or self.lora is None):
             raise ValueError("init_mode 'merged' needs an 'init' other than base and a 'lora' that is trained over it")
+        if isinstance(self.init, dict):
+            if self.lora is not None and self.init_mode != "merged":
+                raise ValueError("an 'init' of several fields needs init_mode: merged")
+            if not self.init or not all(0 < weight < float("inf") for weight in self.init.values()):
+                raise ValueError(f"an 'init' of several fields needs positive weights, found {self.init}")
         return self
 
 
@@ -159,10 +167,51 @@ class QueryPart(_Part):
         return self
 
 
+class JointPart(_Part):
+    """Settings of ``method: joint``."""
+
+    sigma_mean: float = _number(default=0.0, description="Training sigma is sigmoid(N(mean, std^2)).")
+    sigma_std: float = _number(default=1.0, gt=0, description="See sigma_mean.")
+
+
+class DiffusionOPDPart(_Part):
+    """Settings of ``method: diffusion_opd``."""
+
+    form: Literal["ode", "sde"] = Field(default="ode", description="Deterministic or stochastic rollout and weights.")
+    eta: float = _number(default=0.7, gt=0, description="Noise of the stochastic form.")
+
+
+class FlowOPDPart(_Part):
+    """Settings of ``method: flow_opd``."""
+
+    gradient: Literal["pathwise", "score", "total"] = Field(
+        default="pathwise", description="Which gradient of the rollout's KL cost; see baselines/flow_opd.py."
+    )
+    eta: float = _number(default=0.7, gt=0, description="Noise of the rollout.")
+    group_size: int = Field(default=16, ge=1, description="Rollouts of one condition.")
+    normalize: bool = Field(default=True, description="Divide score's advantages by their deviation in the group.")
+    advantage_clip: float = _number(default=5.0, gt=0, description="Advantages are clipped to +- this.")
+    ratio_clip: float = _number(default=1e-4, gt=0, description="PPO's clip of the probability ratio.")
+    anchor: str | None = Field(default=None, description="A field that the student is held near.")
+    anchor_weight: float = _number(default=0.0, ge=0, description="Weight of the KL to the anchor.")
+
+
+METHODS = {
+    "danceopd": ("query", "objective"),
+    "soft_mixing": ("query", "objective"),
+    "off_policy": ("query", "objective"),
+    "joint": ("joint",),
+    "diffusion_opd": ("diffusion_opd",),
+    "flow_opd": ("flow_opd",),
+    "weight_merge": (),
+}
+"""The recipe's names for methods, and the parts of a recipe that are theirs alone."""
+
+
 class TrainPart(_Part):
     """The optimiser and its loop."""
 
-    steps: int = Field(default=200, ge=1, description="Optimiser updates.")
+    steps: int = Field(default=200, ge=0, description="Optimiser updates; 0 for method: weight_merge.")
     batch_size: int = Field(default=32, ge=1, description="Samples per update.")
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="Micro-batches per update; batch_size is their sum."
@@ -215,11 +264,15 @@ class Recipe(_Part):
     base: str = Field(description="Base weights: FAMILY:NAME or a safetensors file, relative to the recipe.")
     fields: dict[str, FieldPart] = Field(min_length=1, description="Frozen fields by name.")
     student: StudentPart = StudentPart()
+    method: str = Field(default="danceopd", description=f"One of {', '.join(METHODS)}.")
     routes: tuple[RoutePart, ...] = Field(min_length=1, strict=False, description="One entry per capability.")
     routing: RoutingPart = RoutingPart()
     rollout: RolloutPart = RolloutPart()
     query: QueryPart = QueryPart()
     objective: str = Field(default="velocity_mse", description=f"One of {', '.join(OBJECTIVES)}.")
+    joint: JointPart = JointPart()
+    diffusion_opd: DiffusionOPDPart = DiffusionOPDPart()
+    flow_opd: FlowOPDPart = FlowOPDPart()
     train: TrainPart = TrainPart()
     evaluate: EvaluatePart = EvaluatePart()
     output: str = Field(description="Run folder.")
@@ -250,14 +303,52 @@ class Recipe(_Part):
                 if member not in self.fields or self.fields[member].mixture is not None:
                     raise ValueError(f"fields.{name}.mixture: {member!r} is not a plain field of this recipe")
         init = self.student.init
-        if init != "base" and (init not in self.fields or self.fields[init].lora is None):
-            raise ValueError(f"student.init: {init!r} is neither 'base' nor the name of a LoRA field")
+        for name in init if isinstance(init, dict) else [init] if init != "base" else []:
+            is_base = isinstance(init, dict) and name in self.fields and self.fields[name].base
+            if not is_base and (name not in self.fields or self.fields[name].lora is None):
+                raise ValueError(f"student.init: {name!r} is neither 'base' nor the name of a LoRA field")
+        if isinstance(init, dict) and all(self.fields[name].base for name in init):
+            raise ValueError("student.init: a merge needs at least one LoRA field")
+        self._check_method()
         if self.query.per_rollout > self.rollout.num_inference_steps:
             raise ValueError(
                 f"query.per_rollout {self.query.per_rollout} exceeds rollout.num_inference_steps "
                 f"{self.rollout.num_inference_steps}"
             )
         return self
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"unknown method {self.method!r}{_nearest(self.method, METHODS)}; known: {', '.join(METHODS)}"
+            )
+        for part in ("query", "objective", "joint", "diffusion_opd", "flow_opd"):
+            if part not in METHODS[self.method] and getattr(self, part) != Recipe.model_fields[part].default:
+                raise ValueError(f"{part}: method {self.method!r} makes no use of it")
+        if (self.method == "weight_merge") != (self.train.steps == 0):
+            raise ValueError(
+                f"train.steps: found {self.train.steps}; 0 belongs to method 'weight_merge' and to no other"
+            )
+        if self.method == "weight_merge" and not isinstance(self.student.init, dict):
+            raise ValueError("student.init: method 'weight_merge' needs {field: weight, ...}")
+        if self.method == "off_policy" and self.query.states == "student":
+            raise ValueError("query.states: method 'off_policy' needs 'data' or 'teacher'")
+        if self.method == "soft_mixing" and self.query.states != "student":
+            raise ValueError("query.states: method 'soft_mixing' needs 'student'")
+        if self.method == "diffusion_opd" and self.routing.per == "step":
+            raise ValueError("routing.per: method 'diffusion_opd' holds every route in every update")
+        anchor, group = self.flow_opd.anchor, self.flow_opd.group_size
+        if anchor is not None and anchor not in self.fields:
+            raise ValueError(f"flow_opd.anchor: there is no field {anchor!r}; fields: {', '.join(self.fields)}")
+        if (anchor is None) != (self.flow_opd.anchor_weight == 0):
+            raise ValueError("flow_opd: 'anchor' and a positive 'anchor_weight' belong together")
+        if self.flow_opd.gradient == "score" and group < 2:
+            raise ValueError("flow_opd.group_size: gradient 'score' needs groups of at least 2")
+        micro_batch = self.train.batch_size // self.train.gradient_accumulation_steps
+        if self.method == "flow_opd" and micro_batch % group:
+            raise ValueError(
+                f"flow_opd.group_size: a micro-batch of {micro_batch} is not a multiple of groups of {group}"
+            )
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -403,6 +494,9 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
         "routing": RoutingPart,
         "rollout": RolloutPart,
         "query": QueryPart,
+        "joint": JointPart,
+        "diffusion_opd": DiffusionOPDPart,
+        "flow_opd": FlowOPDPart,
         "train": TrainPart,
         "evaluate": EvaluatePart,
     }

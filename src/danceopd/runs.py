@@ -276,8 +276,9 @@ def export(folder: RunFolder, out: Path) -> float:
         else:
             save_file(assembly.student.weights(), unverified, {"format": "pt"})
             part = {"exported": {"checkpoint": str(unverified)}}
-        content = assembly.recipe.model_dump(mode="json") | {"fields": part, "student": {}}
-        content["routes"] = [{"field": "exported", "data": content["routes"][0]["data"]}]
+        whole = assembly.recipe.model_dump(mode="json")
+        content = {key: whole[key] for key in ("version", "family", "base", "output")} | {"fields": part}
+        content["routes"] = [{"field": "exported", "data": whole["routes"][0]["data"]}]
         reloaded = assemble(parse_recipe(content, where=str(out)), device=torch.device("cpu"))
         noise = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         sigma, condition = torch.tensor([0.2, 0.5, 0.8, 1.0]), family.encode([""] * 4, None)

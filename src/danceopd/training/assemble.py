@@ -7,15 +7,23 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from danceopd.baselines.diffusion_opd import DiffusionOPD
+from danceopd.baselines.flow_opd import FlowOPD
+from danceopd.baselines.joint import JointTraining
+from danceopd.baselines.merge import merged_loras
+from danceopd.baselines.soft_mixing import soft_mixing
 from danceopd.data.examples import Bucket, ExampleSource
 from danceopd.data.manifest import Manifest
+from danceopd.distill.method import Method
 from danceopd.distill.objective import OBJECTIVES
 from danceopd.distill.query import BANDS
 from danceopd.distill.routing import Route
+from danceopd.distill.schedule import Grid
 from danceopd.distill.step import DanceOPD
 from danceopd.families.family import Family
 from danceopd.families.shapes import ShapesFamily
@@ -120,7 +128,7 @@ class Assembly:
     family: Family
     base: VelocityField
     fields: dict[str, VelocityField]
-    method: DanceOPD
+    method: Method
     student: Student
     buckets: dict[str, Bucket]
     hashes: dict[str, str]
@@ -145,17 +153,15 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
     for name, part in recipe.fields.items():
         if part.mixture is not None:
             fields[name] = MixtureField([fields[member] for member in part.mixture])
-    init = recipe.student.init
-    start = None if init == "base" else _start_lora(recipe.fields[init], family)
+    start = _start(recipe, family)
     student = Student(recipe, family, backbone, start)
     family.to(device)
     student.model.to(device)
     buckets, routes = {}, []
+    needs_targets = recipe.method == "joint" or recipe.query.states == "data"
     for index, part in enumerate(recipe.routes):
         name = part.name or part.field
-        buckets[name] = Bucket(
-            _examples(index, part, family, recipe.query.states), seed=recipe.train.seed * 1000 + index
-        )
+        buckets[name] = Bucket(_examples(index, part, family, needs_targets), seed=recipe.train.seed * 1000 + index)
         routes.append(
             Route(
                 name,
@@ -166,16 +172,8 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
                 empty=partial(family.empty, negative_prompt=recipe.fields[part.field].negative_prompt),
             )
         )
-    method = DanceOPD(
-        routes=routes,
-        grid=family.grid(recipe.rollout.num_inference_steps, recipe.rollout.shift),
-        query=BANDS[recipe.query.band](over=recipe.query.over, per_rollout=recipe.query.per_rollout),
-        per=recipe.routing.per,
-        stratified=recipe.routing.stratified,
-        objective=OBJECTIVES[recipe.objective],
-        states=recipe.query.states,
-        device=device,
-    )
+    grid = family.grid(recipe.rollout.num_inference_steps, recipe.rollout.shift)
+    method = _method(recipe, routes, grid, fields, device)
     hashes = {reference: file_hash(family.resolve(reference)) for reference in references}
     hashes |= {name: file_hash(path) for name, path in family.files.items()}
     hashes |= {
@@ -207,12 +205,47 @@ def _field(
     )
 
 
-def _start_lora(part: FieldPart, family: Family) -> Lora:
-    lora = load_lora(family.resolve(part.lora or ""))
-    return replace(lora, alpha=lora.alpha * part.lora_scale)
+def _start(recipe: Recipe, family: Family) -> Lora | None:
+    """What the student starts from, as one LoRA over the base; None is the base itself."""
+
+    def source(name: str) -> Lora | None:
+        part = recipe.fields[name]
+        if part.lora is None:
+            return None
+        lora = load_lora(family.resolve(part.lora))
+        return replace(lora, alpha=lora.alpha * part.lora_scale)
+
+    init = recipe.student.init
+    if isinstance(init, dict):
+        return merged_loras([(source(name), weight) for name, weight in init.items()])
+    return None if init == "base" else source(init)
 
 
-def _examples(index: int, part: RoutePart, family: Family, states: str) -> ExampleSource:
+def _method(
+    recipe: Recipe, routes: list[Route], grid: Grid, fields: dict[str, VelocityField], device: torch.device
+) -> Method:
+    common: dict[str, Any] = {"routes": routes, "grid": grid, "device": device}
+    routing: dict[str, Any] = {"per": recipe.routing.per, "stratified": recipe.routing.stratified}
+    if recipe.method == "joint":
+        return JointTraining(**common, **routing, **recipe.joint.model_dump())
+    if recipe.method == "diffusion_opd":
+        return DiffusionOPD(**common, **recipe.diffusion_opd.model_dump())
+    if recipe.method == "flow_opd":
+        anchor = recipe.flow_opd.anchor
+        options = recipe.flow_opd.model_dump() | {"anchor": None if anchor is None else fields[anchor]}
+        return FlowOPD(**common, **routing, **options)
+    query = recipe.query
+    matching: dict[str, Any] = {
+        "query": BANDS[query.band](over=query.over, per_rollout=query.per_rollout),
+        "objective": OBJECTIVES[recipe.objective],
+    }
+    if recipe.method == "soft_mixing":
+        return soft_mixing(**common, **routing, **matching)
+    # off_policy differs in its states alone; weight_merge makes no update.
+    return DanceOPD(**common, **routing, **matching, states=query.states)
+
+
+def _examples(index: int, part: RoutePart, family: Family, needs_targets: bool) -> ExampleSource:
     if part.data.generator is not None:
         try:
             return family.generator(part.data.generator, size=part.data.size, seed=part.data.seed)
@@ -222,9 +255,9 @@ def _examples(index: int, part: RoutePart, family: Family, states: str) -> Examp
     if manifest.edits and not family.can_edit:
         raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.path} holds edits")
     for position in range(len(manifest)):
-        if states == "data" and manifest.lines[position].target is None:
+        if needs_targets and manifest.lines[position].target is None:
             raise RecipeError(
-                f"{manifest.path}, line {manifest.numbers[position]}: states 'data' needs a 'target' on every line"
+                f"{manifest.path}, line {manifest.numbers[position]}: noising data needs a 'target' on every line"
             )
         try:
             family.samples([manifest[position]])

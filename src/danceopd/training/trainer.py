@@ -107,6 +107,8 @@ class Trainer:
         try:
             with _stop_requests() as stop, _progress() as progress:
                 task = progress.add_task("training", total=part.steps, completed=self.step, loss="")
+                if part.steps == 0:
+                    self.save()
                 while self.step < part.steps:
                     started = time.monotonic()
                     metrics = self.update()

@@ -1,0 +1,106 @@
+"""Every method of the recipe through the one trainer."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from danceopd.baselines.merge import merged_loras
+from danceopd.fields.adapters import AdapterBackbone
+from danceopd.fields.teachers import load_lora
+from danceopd.recipe import METHODS, RecipeError
+from danceopd.runs import check, evaluate, export, train
+from danceopd.training.assemble import assemble
+from danceopd.training.checkpoint import checkpoints
+from danceopd.training.trainer import load_run
+
+CPU = torch.device("cpu")
+PLAIN = "query={}"
+SETTINGS = {
+    "danceopd": [],
+    "soft_mixing": [],
+    "off_policy": ["query.states=data"],
+    "joint": [PLAIN],
+    "diffusion_opd": [PLAIN, "diffusion_opd.form=sde"],
+    "flow_opd": [PLAIN, "flow_opd.group_size=2"],
+    "weight_merge": [PLAIN, "student={init: {t2i: 1.0, edit: 3.0}, init_mode: merged}", "train.steps=0"],
+}
+
+
+def settings(method):
+    return [f"method={method}", *SETTINGS[method]]
+
+
+def test_every_method_is_tried_here():
+    assert SETTINGS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "weight_merge"])
+def test_a_method_trains_the_student_and_resumes_exactly(tiny, tmp_path, method):
+    whole = train(tiny(*settings(method), f"output={tmp_path / 'whole'}", "train.steps=4"))
+    train(tiny(*settings(method), f"output={tmp_path / 'cut'}", "train.steps=2"))
+    cut = train(tiny(*settings(method), f"output={tmp_path / 'cut'}", "train.steps=4"), resume=True)
+    one, two = (load_file(checkpoints(run.checkpoints)[-1] / "student.safetensors") for run in (whole, cut))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    start = load_file(checkpoints(whole.checkpoints)[0] / "student.safetensors")
+    assert not all(torch.equal(one[name], start[name]) for name in one)
+    assert whole.metrics()[-1]["calls/train"] > 0
+
+
+def test_a_weight_merge_is_the_average_of_its_sources(tiny, tmp_path):
+    recipe = tiny(*settings("weight_merge"))
+    folder = train(recipe)
+    assembly, state = load_run(folder, device=CPU)
+    assert state.step == 0
+    family = assemble(tiny(), device=CPU).family
+    backbone = AdapterBackbone(family.network)
+    edit = load_lora(family.resolve("shapes:edit"))
+    backbone.add("merged", merged_loras([(None, 1.0), (edit, 3.0)]))
+    condition = family.encode(["a red circle", "two squares"], None)
+    z, sigma = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.4, 0.9])
+    with torch.no_grad(), backbone.use("merged"):
+        expected = family.model(z, sigma, condition)
+    with torch.no_grad():
+        got = assembly.student.model(z, sigma, condition)
+        base = assembly.base.velocity(z, sigma, condition)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert float((got - base).abs().max()) > 0.01
+    assert export(folder, tmp_path / "merged.safetensors") < 1e-3
+    assert evaluate(folder)["trained_steps"] == 0
+
+
+def test_check_predicts_each_methods_cost(tiny):
+    plans = {name: check(tiny(*settings(name))) for name in METHODS}
+    assert (plans["joint"].rollout_calls, plans["joint"].field_calls, plans["joint"].train_calls) == (0, 0, 4)
+    assert (plans["flow_opd"].field_calls, plans["flow_opd"].train_calls) == (16, 16)
+    assert plans["off_policy"].rollout_calls == 0 < plans["danceopd"].rollout_calls
+    assert plans["soft_mixing"].field_calls == 2 * plans["danceopd"].field_calls
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=danseopd"], r"did you mean 'danceopd'"),
+        (["method=joint"], "query: method 'joint' makes no use of it"),
+        (["method=joint", PLAIN, "flow_opd.eta=0.5"], "flow_opd: method 'joint' makes no use"),
+        (["joint.sigma_mean=1.0"], "joint: method 'danceopd' makes no use"),
+        (["method=off_policy"], "needs 'data' or 'teacher'"),
+        (["method=soft_mixing", "query.states=data"], "needs 'student'"),
+        (["train.steps=0"], "0 belongs to method 'weight_merge'"),
+        (["method=weight_merge", PLAIN, "train.steps=0"], "needs {field: weight, ...}"),
+        (["method=flow_opd", PLAIN], "not a multiple of groups of 16"),
+        (
+            ["method=flow_opd", PLAIN, "flow_opd={group_size: 2, anchor: nobody, anchor_weight: 1.0}"],
+            "no field 'nobody'",
+        ),
+        (["method=flow_opd", PLAIN, "flow_opd={group_size: 2, anchor_weight: 1.0}"], "belong together"),
+        (["method=flow_opd", PLAIN, "flow_opd={group_size: 1, gradient: score}"], "groups of at least 2"),
+        (["method=diffusion_opd", PLAIN, "routing={per: step}"], "holds every route"),
+        (["student={init: {t2i: 1.0}, init_mode: merged}"], "at least one LoRA field"),
+        (["student={init: {edit: 1.0}}"], "init_mode: merged"),
+        (["student={init: {edit: -1.0}, init_mode: merged}"], "positive weights"),
+        (["student={init: {edti: 1.0}, init_mode: merged}"], "'edti' is neither"),
+    ],
+)
+def test_settings_that_do_not_belong_together_are_refused(tiny, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        tiny(*overrides)
