@@ -24,7 +24,7 @@ def run(*arguments):
 
 def test_the_commands_are_these():
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == {"quickstart", "check", "train", "evaluate", "report", "sample", "schema", "export"}
+    assert names == {"quickstart", "check", "train", "evaluate", "report", "sample", "schema", "export", "compare"}
     for name in sorted(names):
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 

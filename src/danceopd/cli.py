@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from danceopd.comparison.runner import ComparisonError
+from danceopd.comparison.suite import SuiteError
 from danceopd.data.manifest import ManifestError
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import CheckpointError
@@ -23,6 +25,8 @@ from danceopd.world.text import UnknownWord
 
 USER_ERRORS = (
     OSError,
+    SuiteError,
+    ComparisonError,
     BuildError,
     RecipeError,
     ManifestError,
@@ -179,6 +183,22 @@ def export(
 
     difference = run(RunFolder(run_folder), out)
     console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}", highlight=False)
+
+
+@app.command()
+def compare(
+    suite: Annotated[Path, typer.Argument(help="Suite file (YAML).", show_default=False)],
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds; the suite's by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Methods to run; all by default. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and results; runs/compare/SUITE by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in that folder.")] = False,
+) -> None:
+    """Run a suite of methods on equal terms and write comparison.json, .md and .html."""
+    from danceopd.comparison.compare import compare as run
+
+    folder = run(suite, seeds=seeds, only=only, out=out, resume=resume)
+    console.print((folder / "comparison.md").read_text(encoding="utf-8"), highlight=False, markup=False)
+    console.print(f"open {folder / 'comparison.html'} in a browser")
 
 
 @app.command()

@@ -360,7 +360,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"recipe not found: {path}")
     try:
-        content = _read_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -436,7 +436,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """YAML in which a key stands once and ``1e-3`` is a number; raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -444,6 +445,19 @@ def _override(content: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"--set needs KEY=VALUE, found {text!r}")
+    try:
+        parsed = read_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from error
+    override(content, key, parsed)
+
+
+def override(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at a dotted key of a recipe's content; numbers index lists, missing parts are made.
+
+    Raises:
+        RecipeError: if the key leads nowhere.
+    """
     *parents, last = key.split(".")
     here: Any = content
     for parent in parents:
@@ -454,17 +468,13 @@ def _override(content: dict[str, Any], text: str) -> None:
                 here[parent] = {}
             here = here[parent]
         else:
-            raise RecipeError(f"--set {text}: {parent!r} is not a part of the recipe")
-    try:
-        parsed = _read_yaml(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from error
+            raise RecipeError(f"cannot set {key}: {parent!r} is not a part of the recipe")
     if isinstance(here, list) and last.isdigit() and int(last) < len(here):
-        here[int(last)] = parsed
+        here[int(last)] = value
     elif isinstance(here, dict):
-        here[last] = parsed
+        here[last] = value
     else:
-        raise RecipeError(f"--set {text}: {last!r} is not a part of the recipe")
+        raise RecipeError(f"cannot set {key}: {last!r} is not a part of the recipe")
 
 
 def _explain(item: Any) -> str:

@@ -92,7 +92,7 @@ def _loss_plot(metrics: list[dict[str, Any]]) -> str:
         axes.plot(steps[window - 1 :], smooth, color=color, label=key.removeprefix("loss/"))
     axes.set(xlabel="optimiser update", ylabel="velocity MSE", yscale="log")
     axes.legend(frameon=False)
-    return _figure_url(figure)
+    return figure_url(figure)
 
 
 def _score_plot(evaluation: dict[str, Any]) -> str:
@@ -107,10 +107,11 @@ def _score_plot(evaluation: dict[str, Any]) -> str:
         )
         axes.annotate(model, (x, y), textcoords="offset points", xytext=(6, 6), color=color)
     axes.set(xlabel="text-to-image score", ylabel="edit score", xlim=(-0.03, 1.06), ylim=(-0.03, 1.06))
-    return _figure_url(figure)
+    return figure_url(figure)
 
 
-def _figure_url(figure) -> str:
+def figure_url(figure) -> str:
+    """The figure as a PNG data URL; the figure is closed."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

@@ -1,0 +1,1 @@
+"""A fair comparison: suites of recipes, cached runs, one evaluation for all, paired statistics."""
