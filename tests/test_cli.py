@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 import danceopd
 from danceopd.cli import app
+from danceopd.data.manifest import read_image_file
 from danceopd.recipe import load_recipe
+from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
 from danceopd.runs import evaluate, train
 
@@ -76,6 +78,7 @@ def test_a_report_is_one_self_contained_page(tmp_path):
     assert "https://" not in page
     assert page.count("data:image/png;base64,") >= 12 * 3 + 6 + 2
     assert "subject-replace" in page
+    assert read_image_file(write_overview(folder)).shape[0] == 3
 
 
 def test_world_build_runs_and_resumes(tmp_path):

@@ -136,14 +136,15 @@ def evaluate(
 
 @app.command()
 def report(run_folder: RunPath) -> None:
-    """Write report.html, one self-contained page, from the run folder's files."""
+    """Write report.html, one self-contained page, and overview.png, from the run folder's files."""
+    from danceopd.report.overview import write_overview
     from danceopd.report.page import write_report
     from danceopd.runs import require_evaluation
 
     folder = RunFolder(run_folder)
     folder.read_recipe()
     require_evaluation(folder)
-    console.print(f"wrote {write_report(folder)}")
+    console.print(f"wrote {write_report(folder)} and {write_overview(folder)}", highlight=False)
 
 
 @app.command()

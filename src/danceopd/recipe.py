@@ -216,10 +216,14 @@ class TrainPart(_Part):
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="Micro-batches per update; batch_size is their sum."
     )
-    learning_rate: float = _number(default=1e-3, gt=0, description="AdamW's peak learning rate.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon (torch.optim.Muon) needs a LoRA student; its rates are about ten times AdamW's.",
+    )
+    learning_rate: float = _number(default=1e-3, gt=0, description="The optimiser's peak learning rate.")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
     lr_warmup_steps: int = Field(default=10, ge=0, description="Updates of linear warm-up.")
-    weight_decay: float = _number(default=0.0, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = _number(default=0.0, ge=0, description="The optimiser's weight decay.")
     max_grad_norm: float = _number(default=1.0, gt=0, description="Gradient norm is clipped to this.")
     ema_decay: float = _number(default=0.98, ge=0, lt=1, description="Averaging of the student's weights; 0 for none.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -310,6 +314,10 @@ class Recipe(_Part):
         if isinstance(init, dict) and all(self.fields[name].base for name in init):
             raise ValueError("student.init: a merge needs at least one LoRA field")
         self._check_method()
+        if self.train.optimizer == "muon" and self.student.lora is None:
+            raise ValueError(
+                "train.optimizer: 'muon' takes matrices alone and needs a LoRA student, found student.lora null"
+            )
         if self.query.per_rollout > self.rollout.num_inference_steps:
             raise ValueError(
                 f"query.per_rollout {self.query.per_rollout} exceeds rollout.num_inference_steps "

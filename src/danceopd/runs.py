@@ -25,6 +25,7 @@ from danceopd.fields.mixture import MixtureField
 from danceopd.fields.teachers import save_lora
 from danceopd.files import write_text
 from danceopd.recipe import EvaluatePart, Recipe, RecipeError, parse_recipe
+from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
 from danceopd.training.assemble import Assembly, assemble, autocast
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints
@@ -208,6 +209,7 @@ def quickstart(recipe: Recipe) -> tuple[RunFolder, dict[str, Any]]:
     report["seconds"]["total"] = round(time.monotonic() - started, 2)
     write_text(folder.evaluation_file, json.dumps(report, indent=1) + "\n")
     write_report(folder)
+    write_overview(folder)
     return folder, report
 
 

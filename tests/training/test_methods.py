@@ -46,6 +46,15 @@ def test_a_method_trains_the_student_and_resumes_exactly(tiny, tmp_path, method)
     assert whole.metrics()[-1]["calls/train"] > 0
 
 
+def test_muon_trains_and_resumes_exactly(tiny, tmp_path):
+    muon = ["train.optimizer=muon", "train.learning_rate=0.01"]
+    whole = train(tiny(*muon, f"output={tmp_path / 'whole'}", "train.steps=4"))
+    train(tiny(*muon, f"output={tmp_path / 'cut'}", "train.steps=2"))
+    cut = train(tiny(*muon, f"output={tmp_path / 'cut'}", "train.steps=4"), resume=True)
+    one, two = (load_file(checkpoints(run.checkpoints)[-1] / "student.safetensors") for run in (whole, cut))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_weight_merge_is_the_average_of_its_sources(tiny, tmp_path):
     recipe = tiny(*settings("weight_merge"))
     folder = train(recipe)
@@ -97,6 +106,7 @@ def test_check_predicts_each_methods_cost(tiny):
         (["method=diffusion_opd", PLAIN, "routing={per: step}"], "holds every route"),
         (["student={init: {t2i: 1.0}, init_mode: merged}"], "at least one LoRA field"),
         (["student={init: {edit: 1.0}}"], "init_mode: merged"),
+        (["train.optimizer=muon", "student={lora: null}"], "needs a LoRA student"),
         (["student={init: {edit: -1.0}, init_mode: merged}"], "positive weights"),
         (["student={init: {edti: 1.0}, init_mode: merged}"], "'edti' is neither"),
     ],

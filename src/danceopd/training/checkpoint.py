@@ -137,9 +137,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     tensors = _read(path / "optimizer.safetensors")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     needed: dict[str, tuple[int, ...]] = {}
+    plain = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's wrapper
     for index, parameter in enumerate(parameters):
-        needed |= {f"{index}.step": (), f"{index}.exp_avg": tuple(parameter.shape)}
-        needed |= {f"{index}.exp_avg_sq": tuple(parameter.shape)}
+        if isinstance(plain, torch.optim.Muon):
+            needed[f"{index}.momentum_buffer"] = tuple(parameter.shape)
+        else:
+            needed |= {f"{index}.step": (), f"{index}.exp_avg": tuple(parameter.shape)}
+            needed[f"{index}.exp_avg_sq"] = tuple(parameter.shape)
     _require_same(path / "optimizer.safetensors", tensors, needed)
     content = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}

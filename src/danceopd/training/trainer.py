@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from danceopd.distill.step import route_gradient_cosines
 from danceopd.recipe import Recipe, TrainPart
@@ -63,8 +63,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             raise RuntimeError(f"one process is supported, found {self.accelerator.num_processes}")
         parameters = list(student.parameters.values())
-        optimizer = torch.optim.AdamW(parameters, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(parameters, recipe.train))
         self.ema = EMA(parameters, recipe.train.ema_decay)
         self.generator = torch.Generator().manual_seed(recipe.train.seed)
         self.step = 0
@@ -213,6 +212,15 @@ class Trainer:
                 f"update {self.step + 1}: non-finite loss on route {listed}; stopped, nothing saved after update "
                 f"{self.step}. A lower learning_rate or precision fp32 is the usual remedy"
             )
+
+
+def make_optimizer(parameters: list[nn.Parameter], part: TrainPart) -> torch.optim.Optimizer:
+    """AdamW, or Muon with its update scaled by sqrt(max(1, rows / columns)) (Jordan et al. 2024)."""
+    if part.optimizer == "muon":
+        return torch.optim.Muon(
+            parameters, lr=part.learning_rate, weight_decay=part.weight_decay, adjust_lr_fn="original"
+        )
+    return torch.optim.AdamW(parameters, lr=part.learning_rate, weight_decay=part.weight_decay)
 
 
 def learning_rate_factor(step: int, part: TrainPart) -> float:

@@ -41,7 +41,8 @@ class Stage:
     tasks: the tasks drawn, uniformly (a task named n times is drawn n times as often): all text-to-image, or all edits.
     start: the source whose weights it starts from; None starts from scratch.
     rank: LoRA rank (alpha equals it), or 0 to train all weights. LoRA runs folded, through W + B A.
-    learning_rate: of AdamW; matrices of the transformer blocks take Muon at ten times this when ``rank`` is 0.
+    learning_rate: of AdamW; the matrices of a LoRA, or of the transformer blocks when ``rank`` is 0, take Muon at ten
+        times this.
     decay: share of the steps, at the end, over which the learning rate falls linearly to 0.
     sigma_center: training noise levels are sigma = sigmoid(N(center, 1.2^2)), weighted to where layouts are decided.
     replay: share of batches that are the base's own text-to-image data, as edit models such as FLUX.1 Kontext are
@@ -75,10 +76,10 @@ STAGES = (
         start="first",
         sigma_center=1.0,
     ),
-    Stage(name="edit", tasks=2 * LOCAL_EDITS + GLOBAL_EDITS, steps=4000, learning_rate=2e-3, replay=0.1),
-    Stage(name="local", tasks=LOCAL_EDITS, steps=2400, learning_rate=2e-3, replay=0.1),
-    Stage(name="global", tasks=GLOBAL_EDITS, steps=900, learning_rate=2e-3, replay=0.1),
-    Stage(name="realism", tasks=T2I_TASKS, steps=500, learning_rate=1e-3, style="shaded"),
+    Stage(name="edit", tasks=2 * LOCAL_EDITS + GLOBAL_EDITS, steps=3600, learning_rate=1e-3, replay=0.1),
+    Stage(name="local", tasks=LOCAL_EDITS, steps=2000, learning_rate=1e-3, replay=0.1),
+    Stage(name="global", tasks=GLOBAL_EDITS, steps=700, learning_rate=1e-3, replay=0.1),
+    Stage(name="realism", tasks=T2I_TASKS, steps=400, learning_rate=5e-4, style="shaded"),
 )
 """In order; ``first`` is the base half-way and is not shipped."""
 TEXT_STEPS = 1200
@@ -308,21 +309,19 @@ def _save(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 
 def _optimizers(stage: Stage, trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """AdamW; for a full training, Muon on the blocks' matrices beside it."""
+    """Muon on a LoRA's matrices or the blocks', AdamW on everything else."""
     matrices = [
         weight
         for name, weight in trained.items()
-        if not stage.rank and weight.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+        if stage.rank or (weight.ndim == 2 and name.startswith("blocks.") and "modulation" not in name)
     ]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for weight in trained.values() if id(weight) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        torch.optim.Muon(matrices, lr=10 * stage.learning_rate, weight_decay=0.0, adjust_lr_fn="original")
     ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=10 * stage.learning_rate, weight_decay=0.0, adjust_lr_fn="original")
-        )
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
