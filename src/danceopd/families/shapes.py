@@ -116,7 +116,7 @@ class ShapesFamily:
             target=torch.stack(targets).to(self.device) if len(targets) == len(examples) else None,
         )
 
-    def grid(self, steps: int, shift: float | None = None) -> Grid:
+    def grid(self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None) -> Grid:
         return shifted_grid(steps=steps, shift=self.default_shift if shift is None else shift)
 
     def decode(self, latents: Tensor) -> Tensor:
