@@ -102,7 +102,7 @@ def test_images_are_decoded_as_the_pipeline_does_and_encoded_as_the_vaes_mode(ca
     if family.can_edit:
         options["max_area"] = 16 * 24
     latents, images = (
-        pipeline("a star", generator=torch.Generator().manual_seed(0), output_type=kind, **options).images
+        pipeline(prompt="a star", generator=torch.Generator().manual_seed(0), output_type=kind, **options).images
         for kind in ("latent", "pt")
     )
     if latents.ndim == 3:

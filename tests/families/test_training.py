@@ -126,7 +126,7 @@ def test_an_export_draws_the_students_image_in_a_fresh_pipeline(case, tmp_path):
         options["max_area"] = 16 * 24
 
     def pipeline_images():
-        return fresh(PROMPTS, generator=torch.Generator().manual_seed(2), output_type="pt", **options).images
+        return fresh(prompt=PROMPTS, generator=torch.Generator().manual_seed(2), output_type="pt", **options).images
 
     base = pipeline_images()
     fresh.load_lora_weights(tmp_path / "export")

@@ -11,11 +11,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -23,6 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from danceopd.families.flux import FluxFamily
 from danceopd.families.sd3 import SD3Family
 
 TOKENS = 48
@@ -121,6 +126,38 @@ def sd3_pipeline(seed: int = 0, shift: float = 3.0) -> StableDiffusion3Pipeline:
     )
 
 
+def flux_pipeline(cls: type = FluxPipeline, seed: int = 0, distilled: bool = True) -> Any:
+    """FLUX.1 dev (or Kontext, by class); not distilled, it is built as schnell: no embedded guidance, a static grid."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip, t5 = clip_tokenizer(), t5_tokenizer()
+        parts = {
+            "text_encoder": CLIPTextModel(clip_config(clip, 16, 16)),
+            "text_encoder_2": t5_encoder(t5, 32),
+            "vae": vae(),
+            "transformer": FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                pooled_projection_dim=16,
+                guidance_embeds=distilled,
+                axes_dims_rope=(4, 4, 8),
+            ),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled, base_image_seq_len=8, max_image_seq_len=64
+    )
+    return quiet(cls(scheduler=scheduler, tokenizer=clip, tokenizer_2=t5, **parts))
+
+
+def kontext_pipeline(seed: int = 0) -> FluxKontextPipeline:
+    return flux_pipeline(FluxKontextPipeline, seed)
+
+
 @dataclass(frozen=True)
 class Case:
     """A tiny pipeline and its family. ``family(base)`` takes the pipeline or its folder."""
@@ -134,4 +171,12 @@ def sd3_family(base: Any, **options: Any) -> SD3Family:
     return SD3Family(base, max_sequence_length=TOKENS, **options)
 
 
-CASES = {"sd3": Case(sd3_pipeline, sd3_family, can_edit=False)}
+def flux_family(base: Any, **options: Any) -> FluxFamily:
+    return FluxFamily(base, max_sequence_length=TOKENS, **options)
+
+
+CASES = {
+    "sd3": Case(sd3_pipeline, sd3_family, can_edit=False),
+    "flux": Case(flux_pipeline, flux_family, can_edit=False),
+    "kontext": Case(kontext_pipeline, flux_family, can_edit=True),
+}
