@@ -84,6 +84,9 @@ def test_folders_that_are_no_whole_pipeline_of_the_family_are_refused(case, fold
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "OtherPipeline"}))
     with pytest.raises(CheckpointError, match="holds a OtherPipeline; family"):
         case.family(folder)
+    (folder / "model_index.json").write_text("[")
+    with pytest.raises(CheckpointError, match="is not a pipeline's index"):
+        case.family(folder)
 
 
 def test_samplers_that_are_not_euler_are_refused(case):

@@ -149,3 +149,19 @@ def test_an_export_that_is_not_the_student_is_not_written(case, tmp_path):
     export_lora(family, lora, student, tmp_path / "export")
     with pytest.raises(CheckpointError, match="exists already"):
         export_lora(family, lora, student, tmp_path / "export")
+
+
+def test_a_bf16_base_with_a_float32_student_follows_one_rule(case, tmp_path, rng):
+    case.pipeline().save_pretrained(tmp_path / "base")
+    family = case.family(tmp_path / "base", dtype=torch.bfloat16)
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    student = AdapterModel(backbone, family.model, "student")
+    assert {parameter.dtype for parameter in backbone.parameters("student")} == {torch.float32}
+    assert next(family.network.parameters()).dtype == torch.bfloat16
+    method = method_for(family, AdapterField(backbone, family.model, "student"), case.can_edit)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = method.step(student, batch_size=4, generator=rng)
+        assert float(result.loss.detach()) == 0.0
+    export_lora(family, student_lora(backbone), student, tmp_path / "export")

@@ -21,7 +21,7 @@ from danceopd.states import Condition
 FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference between the student's velocity and its reloaded export's, by the network's dtype. The
 written tensors and their scale are compared exactly, so the looser ones only allow for another order of rounding."""
 

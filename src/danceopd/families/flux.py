@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from danceopd.data.examples import Example, ExampleSource
@@ -208,7 +208,9 @@ class FluxFamily:
             guidance=guidance,
         )
 
-    def empty(self, condition: FluxCondition, negative_prompt: str = "") -> FluxCondition:
+    def empty(self, condition: Condition, negative_prompt: str = "") -> FluxCondition:
+        if not isinstance(condition, FluxCondition):
+            raise TypeError(f"FLUX needs a FluxCondition, made by encode; found a {type(condition).__name__}")
         if negative_prompt not in self._negatives:
             self._negatives[negative_prompt] = self.encode([negative_prompt], None)
         rows = torch.zeros(len(condition.prompt_embeds), dtype=torch.int64)

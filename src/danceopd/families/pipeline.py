@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from danceopd.data.examples import Example
@@ -80,7 +80,7 @@ class LoadedPipeline:
         if self.folder is None:
             return {}
         base = weight_file(self.folder)
-        parts = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        parts = _read_index(self.folder)
         found = sorted(path for part in parts for path in (self.folder / part).glob("*.safetensors"))
         return {path.relative_to(self.folder).as_posix(): path for path in found if path != base}
 
@@ -222,8 +222,8 @@ def _read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: 
             f"family {family!r} needs the local folder of a diffusers pipeline, found no {INDEX} in {folder}; "
             "nothing is downloaded by itself (huggingface-cli download ORG/NAME --local-dir FOLDER)"
         )
-    parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    found = parts.get("_class_name")
+    parts = _read_index(folder)
+    found = str(parts.get("_class_name"))
     if found not in classes:
         raise CheckpointError(f"{folder} holds a {found}; family {family!r} needs {' or '.join(classes)}")
     needed = [name for name, part in parts.items() if isinstance(part, list) and part[0] is not None]
@@ -236,6 +236,13 @@ def _read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: 
         return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as a {found}: {error}") from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is not a pipeline's index: {error}") from error
 
 
 def _require_euler(scheduler: Any, family: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from danceopd.data.examples import Example, ExampleSource
@@ -51,7 +51,6 @@ class SD3Family:
     """
 
     name: ClassVar[str] = "sd3"
-    can_edit: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q",
         "to_k",
@@ -79,6 +78,10 @@ class SD3Family:
         self.max_sequence_length = max_sequence_length
         self._model = SD3Model(self.loaded.network)
         self._negatives: dict[str, Condition] = {}
+
+    @property
+    def can_edit(self) -> bool:
+        return False
 
     @property
     def pipeline(self) -> Any:

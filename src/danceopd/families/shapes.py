@@ -42,7 +42,6 @@ class ShapesFamily:
     """
 
     name: ClassVar[str] = "shapes"
-    can_edit: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
     default_shift: ClassVar[float] = 1.0
 
@@ -56,6 +55,10 @@ class ShapesFamily:
         self._base_path = self.resolve(base)
         load_checkpoint(network, self._base_path)
         self._model = ShapesModel(network).eval()
+
+    @property
+    def can_edit(self) -> bool:
+        return True
 
     @property
     def model(self) -> ShapesModel:
