@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from closed_forms import TinyNet
@@ -11,6 +13,32 @@ def test_a_whole_checkpoint_loads_exactly(tmp_path):
     save_file(source.state_dict(), tmp_path / "net.safetensors")
     load_checkpoint(net, tmp_path / "net.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), net.parameters(), strict=True))
+
+
+def write_shards(folder, places):
+    state = TinyNet(seed=3).state_dict()
+    for shard in ("one.safetensors", "two.safetensors"):
+        save_file(
+            {name: state[name] for name in state if name.startswith("fc_in") == (shard[0] == "o")}, folder / shard
+        )
+    (folder / "net.safetensors.index.json").write_text(json.dumps(places))
+    return folder / "net.safetensors.index.json"
+
+
+def test_a_checkpoint_in_shards_loads_exactly_and_only_whole(tmp_path):
+    source, net = TinyNet(seed=3), TinyNet()
+    places = {
+        name: "one.safetensors" if name.startswith("fc_in") else "two.safetensors" for name in source.state_dict()
+    }
+    load_checkpoint(net, write_shards(tmp_path, {"weight_map": places}))
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), net.parameters(), strict=True))
+    for wrong, message in (
+        ({"weight_map": places | {"fc_extra.bias": "one.safetensors"}}, "disagree about 1 tensors, first 'fc_extra"),
+        ({"weight_map": places | {"fc_in.bias": "../one.safetensors"}}, "outside its own folder"),
+        ({"weights": places}, "is not an index of safetensors files"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(net, write_shards(tmp_path, wrong))
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])

@@ -22,9 +22,12 @@ class Family(Protocol):
     """One model family, loaded."""
 
     name: ClassVar[str]
-    can_edit: ClassVar[bool]
     lora_targets: ClassVar[tuple[str, ...]]
-    default_shift: ClassVar[float]
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether ``encode`` takes source images."""
+        ...
 
     @property
     def model(self) -> nn.Module:
@@ -69,8 +72,11 @@ class Family(Protocol):
         """Training inputs of one shape signature, encoded."""
         ...
 
-    def grid(self, steps: int, shift: float | None = None) -> Grid:
-        """The family's own sigma grid."""
+    def grid(self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None) -> Grid:
+        """The family's own sigma grid; ``shift`` puts another shift in the place of the family's own.
+
+        shape: of one latent; a family whose shift depends on the size needs it, unless ``shift`` is given.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

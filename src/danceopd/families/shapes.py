@@ -42,7 +42,6 @@ class ShapesFamily:
     """
 
     name: ClassVar[str] = "shapes"
-    can_edit: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
     default_shift: ClassVar[float] = 1.0
 
@@ -56,6 +55,10 @@ class ShapesFamily:
         self._base_path = self.resolve(base)
         load_checkpoint(network, self._base_path)
         self._model = ShapesModel(network).eval()
+
+    @property
+    def can_edit(self) -> bool:
+        return True
 
     @property
     def model(self) -> ShapesModel:
@@ -116,7 +119,7 @@ class ShapesFamily:
             target=torch.stack(targets).to(self.device) if len(targets) == len(examples) else None,
         )
 
-    def grid(self, steps: int, shift: float | None = None) -> Grid:
+    def grid(self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None) -> Grid:
         return shifted_grid(steps=steps, shift=self.default_shift if shift is None else shift)
 
     def decode(self, latents: Tensor) -> Tensor:

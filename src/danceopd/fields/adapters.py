@@ -45,7 +45,8 @@ class AdapterBackbone:
 
     fold: run a call through W + (alpha / r) B A, formed for that call, instead of through PEFT's two extra products on
         the activations. The same to rounding and differentiable; it needs room for one copy of the adapted weights
-        during the call and is faster wherever activations outweigh weights (small networks, CPUs).
+        during the call and is faster wherever activations outweigh weights (small networks, CPUs). Not with gradient
+        checkpointing, whose second forward pass comes after the call and would not see those weights (torch raises).
 
     Raises:
         AdapterMismatch: from ``add`` and ``create``, naming modules that the backbone lacks or shapes that differ.

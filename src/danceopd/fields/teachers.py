@@ -41,13 +41,36 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Tensors of all the safetensors files that an index (``*.safetensors.index.json``) names, beside it.
+
+    Raises:
+        CheckpointError: if the index is not such a file, a shard cannot be read, or a tensor is not where it says.
+    """
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+    found: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a shard outside its own folder: {shard!r}")
+        found |= read_safetensors(index.parent / shard)[0]
+    if set(found) != set(places):
+        odd = sorted(set(found) ^ set(places))
+        raise CheckpointError(f"{index} and its shards disagree about {len(odd)} tensors, first {odd[0]!r}")
+    return found
+
+
 def load_checkpoint(network: nn.Module, path: Path) -> None:
     """Load a full checkpoint into ``network``; every tensor must match in name and shape.
+
+    path: a safetensors file, or the index (``*.safetensors.index.json``) of one written in shards.
 
     Raises:
         CheckpointError: naming the tensors that are missing, unknown, or of another shape; nothing is loaded then.
     """
-    found, _ = read_safetensors(path)
+    found = read_shards(path) if path.name.endswith(".index.json") else read_safetensors(path)[0]
     needed = network.state_dict()
     problems = [f"missing {name} {tuple(needed[name].shape)}" for name in needed if name not in found]
     problems += [f"unknown {name} {tuple(found[name].shape)}" for name in found if name not in needed]

@@ -1,0 +1,167 @@
+"""The same method on every family: one update, self-distillation, checkpointed gradients, export."""
+
+import pytest
+import torch
+from tiny_pipelines import TOKENS
+
+import danceopd as d
+from danceopd.distill.solver import integrate
+from danceopd.families.export import FILE, export_lora
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora
+from danceopd.fields.teachers import CheckpointError
+
+PROMPTS = ["a red circle", "a small blue square beside a green star"]
+RANK, ALPHA = 4, 6.0
+SHAPE = (4, 8, 12)
+
+
+def perturb(backbone: AdapterBackbone, name: str, size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in backbone.named_parameters(name):
+        if "lora_B" in key:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * size
+
+
+def shared_backbone(family, *, fold: bool = False) -> AdapterBackbone:
+    """A backbone with a frozen LoRA teacher and a trainable student, which is active."""
+    backbone = AdapterBackbone(family.network, fold=fold)
+    rng = torch.Generator().manual_seed(5)
+    backbone.create("teacher", rank=3, alpha=3.0, targets=family.lora_targets, generator=rng)
+    perturb(backbone, "teacher", 0.5, seed=6)
+    for parameter in backbone.parameters("teacher"):
+        parameter.requires_grad_(False)
+    backbone.create("student", rank=RANK, alpha=ALPHA, targets=family.lora_targets, generator=rng)
+    backbone.activate("student")
+    return backbone
+
+
+def method_for(family, field, can_edit: bool) -> d.DanceOPD:
+    def samples(count, generator):
+        return d.Samples(condition=family.encode((PROMPTS * count)[:count], None), shape=SHAPE)
+
+    def edits(count, generator):
+        sources = list(torch.linspace(-1, 1, count * 3 * 16 * 16).view(count, 3, 16, 16))
+        return d.Samples(condition=family.encode((PROMPTS * count)[:count], sources), shape=SHAPE)
+
+    routes = [d.Route("t2i", field, samples)] + ([d.Route("edit", field, edits)] if can_edit else [])
+    return d.DanceOPD(routes=routes, grid=family.grid(4, shape=SHAPE))
+
+
+def snapshot(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def test_one_update_lowers_the_loss_and_changes_the_student_alone(case):
+    family = case.family(case.pipeline())
+    backbone = shared_backbone(family)
+    teacher = AdapterField(backbone, family.model, "teacher")
+    student = AdapterModel(backbone, family.model, "student")
+    method = method_for(family, teacher, case.can_edit)
+    parameters = backbone.parameters("student")
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+
+    def loss():
+        return method.step(student, batch_size=4, generator=torch.Generator().manual_seed(0)).loss
+
+    before, first = snapshot(family.model), loss()
+    first.backward()
+    optimizer.step()
+    assert 0 < float(loss().detach()) < float(first.detach())
+    changed = {name for name, value in snapshot(family.model).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(".student." in name for name in changed)
+    assert {name for name, value in family.model.named_parameters() if value.grad is not None} >= changed
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_student_that_equals_its_teacher_has_zero_loss(case, fold, precision, rng):
+    family = case.family(case.pipeline())
+    backbone = shared_backbone(family, fold=fold)
+    perturb(backbone, "student", 0.3, seed=7)
+    method = method_for(family, AdapterField(backbone, family.model, "student"), case.can_edit)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        result = method.step(AdapterModel(backbone, family.model, "student"), batch_size=4, generator=rng)
+    assert float(result.loss.detach()) == 0.0
+    assert len(result.routes) == len(method.routes)
+
+
+def test_gradient_checkpointing_changes_no_gradient(case):
+    family = case.family(case.pipeline())
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    method = method_for(family, AdapterField(backbone, family.model, "teacher"), case.can_edit)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            family.network.enable_gradient_checkpointing()
+        student = AdapterModel(backbone, family.model, "student")
+        result = method.step(student, batch_size=4, generator=torch.Generator().manual_seed(0))
+        gradients.append(torch.autograd.grad(result.loss, backbone.parameters("student")))
+    assert family.network.is_gradient_checkpointing
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert sum(float(gradient.abs().sum()) for gradient in gradients[0]) > 0
+
+
+def student_lora(backbone: AdapterBackbone) -> Lora:
+    weights = {name: weight.detach().clone() for name, weight in backbone.state("student").items()}
+    return Lora(rank=RANK, alpha=ALPHA, weights=weights)
+
+
+def test_an_export_draws_the_students_image_in_a_fresh_pipeline(case, tmp_path):
+    case.pipeline().save_pretrained(tmp_path / "base")
+    family = case.family(tmp_path / "base")
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    student = AdapterModel(backbone, family.model, "student")
+    difference = export_lora(family, student_lora(backbone), student, tmp_path / "export")
+    assert difference <= 1e-5
+    assert [path.name for path in (tmp_path / "export").iterdir()] == [FILE]
+
+    fresh = type(family.pipeline).from_pretrained(tmp_path / "base", local_files_only=True)
+    fresh.set_progress_bar_config(disable=True)
+    options = {"height": 16, "width": 24, "num_inference_steps": 4, "max_sequence_length": TOKENS}
+    options["guidance_scale"] = 1.0 if family.name == "sd3" else family.embedded_guidance
+    if case.can_edit:
+        options["max_area"] = 16 * 24
+
+    def pipeline_images():
+        return fresh(prompt=PROMPTS, generator=torch.Generator().manual_seed(2), output_type="pt", **options).images
+
+    base = pipeline_images()
+    fresh.load_lora_weights(tmp_path / "export")
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
+    latents = integrate(student, noise, family.encode(PROMPTS, None), family.grid(4, shape=SHAPE))
+    ours = family.decode(latents) / 2 + 0.5
+    torch.testing.assert_close(ours, pipeline_images(), rtol=0, atol=1e-5)
+    assert float((ours - base).abs().max()) > 1e-3
+
+
+def test_an_export_that_is_not_the_student_is_not_written(case, tmp_path):
+    family = case.family(case.pipeline())
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    lora, student = student_lora(backbone), AdapterModel(backbone, family.model, "student")
+    wrong = Lora(rank=RANK, alpha=2 * ALPHA, weights=lora.weights)
+    with pytest.raises(CheckpointError, match=r"does not give back the student.*was not written"):
+        export_lora(family, wrong, student, tmp_path / "export")
+    assert list((tmp_path / "export").iterdir()) == []
+    export_lora(family, lora, student, tmp_path / "export")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_lora(family, lora, student, tmp_path / "export")
+
+
+def test_a_bf16_base_with_a_float32_student_follows_one_rule(case, tmp_path, rng):
+    case.pipeline().save_pretrained(tmp_path / "base")
+    family = case.family(tmp_path / "base", dtype=torch.bfloat16)
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    student = AdapterModel(backbone, family.model, "student")
+    assert {parameter.dtype for parameter in backbone.parameters("student")} == {torch.float32}
+    assert next(family.network.parameters()).dtype == torch.bfloat16
+    method = method_for(family, AdapterField(backbone, family.model, "student"), case.can_edit)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = method.step(student, batch_size=4, generator=rng)
+        assert float(result.loss.detach()) == 0.0
+    export_lora(family, student_lora(backbone), student, tmp_path / "export")
