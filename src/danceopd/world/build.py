@@ -77,9 +77,9 @@ STAGES = (
         sigma_center=1.0,
     ),
     Stage(name="edit", tasks=2 * LOCAL_EDITS + GLOBAL_EDITS, steps=3600, learning_rate=1e-3, replay=0.1),
-    Stage(name="local", tasks=LOCAL_EDITS, steps=2000, learning_rate=1e-3, replay=0.1),
-    Stage(name="global", tasks=GLOBAL_EDITS, steps=700, learning_rate=1e-3, replay=0.1),
-    Stage(name="realism", tasks=T2I_TASKS, steps=400, learning_rate=5e-4, style="shaded"),
+    Stage(name="local", tasks=LOCAL_EDITS, steps=1500, learning_rate=1e-3, replay=0.1),
+    Stage(name="global", tasks=GLOBAL_EDITS, steps=500, learning_rate=1e-3, replay=0.1),
+    Stage(name="realism", tasks=T2I_TASKS, steps=300, learning_rate=5e-4, style="shaded"),
 )
 """In order; ``first`` is the base half-way and is not shipped."""
 TEXT_STEPS = 1200
