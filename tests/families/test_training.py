@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_pipelines import TOKENS
 
 import danceopd as d
 from danceopd.distill.solver import integrate
@@ -120,13 +119,10 @@ def test_an_export_draws_the_students_image_in_a_fresh_pipeline(case, tmp_path):
 
     fresh = type(family.pipeline).from_pretrained(tmp_path / "base", local_files_only=True)
     fresh.set_progress_bar_config(disable=True)
-    options = {"height": 16, "width": 24, "num_inference_steps": 4, "max_sequence_length": TOKENS}
-    options["guidance_scale"] = 1.0 if family.name == "sd3" else family.embedded_guidance
-    if case.can_edit:
-        options["max_area"] = 16 * 24
+    options = {"height": 16, "width": 24, "num_inference_steps": 4, "output_type": "pt"} | case.plain
 
     def pipeline_images():
-        return fresh(prompt=PROMPTS, generator=torch.Generator().manual_seed(2), output_type="pt", **options).images
+        return fresh(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(2), **options).images
 
     base = pipeline_images()
     fresh.load_lora_weights(tmp_path / "export")
