@@ -185,10 +185,10 @@ def _scales(
         return scales
     ranks, strengths = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for module, (a, _) in pairs.items():
-        rank = ranks.get(get_pattern_key(ranks, module), config["r"] or len(a))
+        rank = ranks.get(get_pattern_key(list(ranks), module), config["r"] or len(a))
         if rank != len(a):
             raise CheckpointError(f"{path} records rank {rank} for {module!r} and holds rank {len(a)}")
-        alpha = strengths.get(get_pattern_key(strengths, module), config["lora_alpha"])
+        alpha = strengths.get(get_pattern_key(list(strengths), module), config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if alphas and not math.isclose(scale, scales[module], rel_tol=1e-3):
             raise CheckpointError(f"{path} records alpha twice for {module!r}: {alphas[module]:g} and {alpha:g}")

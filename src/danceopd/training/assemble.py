@@ -232,7 +232,7 @@ def _method(
         return DiffusionOPD(**common, **recipe.diffusion_opd.model_dump())
     if recipe.method == "flow_opd":
         anchor = recipe.flow_opd.anchor
-        options = recipe.flow_opd.model_dump() | {"anchor": None if anchor is None else fields[anchor]}
+        options: dict[str, Any] = recipe.flow_opd.model_dump() | {"anchor": None if anchor is None else fields[anchor]}
         return FlowOPD(**common, **routing, **options)
     query = recipe.query
     matching: dict[str, Any] = {
