@@ -1,14 +1,17 @@
 """The same method on every family: one update, self-distillation, checkpointed gradients, export."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_pipelines import TOKENS
+import yaml
 
 import danceopd as d
 from danceopd.distill.solver import integrate
+from danceopd.families.card import ModelCard
 from danceopd.families.export import FILE, export_lora
 from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.teachers import CheckpointError, file_hash
 
 PROMPTS = ["a red circle", "a small blue square beside a green star"]
 RANK, ALPHA = 4, 6.0
@@ -120,13 +123,10 @@ def test_an_export_draws_the_students_image_in_a_fresh_pipeline(case, tmp_path):
 
     fresh = type(family.pipeline).from_pretrained(tmp_path / "base", local_files_only=True)
     fresh.set_progress_bar_config(disable=True)
-    options = {"height": 16, "width": 24, "num_inference_steps": 4, "max_sequence_length": TOKENS}
-    options["guidance_scale"] = 1.0 if family.name == "sd3" else family.embedded_guidance
-    if case.can_edit:
-        options["max_area"] = 16 * 24
+    options = {"height": 16, "width": 24, "num_inference_steps": 4, "output_type": "pt"} | case.plain
 
     def pipeline_images():
-        return fresh(prompt=PROMPTS, generator=torch.Generator().manual_seed(2), output_type="pt", **options).images
+        return fresh(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(2), **options).images
 
     base = pipeline_images()
     fresh.load_lora_weights(tmp_path / "export")
@@ -149,6 +149,52 @@ def test_an_export_that_is_not_the_student_is_not_written(case, tmp_path):
     export_lora(family, lora, student, tmp_path / "export")
     with pytest.raises(CheckpointError, match="exists already"):
         export_lora(family, lora, student, tmp_path / "export")
+
+
+CARD = ModelCard(
+    base="some-lab/some-model",
+    fields={"realism": "LoRA realism.safetensors, scale 1", "base": "the base | bare"},
+    hashes={"realism.safetensors": "ab" * 32},
+    recipe="family: sd3\nnote: '```'\n",
+    scores={"GenEval overall": 0.734},
+    limits=["Nothing was measured\nabove 1024 x 1024."],
+)
+
+
+def exported_card(case, folder, card):
+    family = case.family(case.pipeline())
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    export_lora(
+        family, student_lora(backbone), AdapterModel(backbone, family.model, "student"), folder / "export", card=card
+    )
+    return family, (folder / "export" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_card_says_what_the_lora_is_and_was_made_from(case, tmp_path):
+    family, text = exported_card(case, tmp_path, CARD)
+    name = type(family.pipeline).__name__
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == CARD.base
+    assert f"LoRA of rank {RANK} and alpha {ALPHA:g} on " in body
+    assert f"pipe = {name}.from_pretrained('some-lab/some-model')" in body
+    assert "| realism | LoRA realism.safetensors, scale 1 |\n| base | the base \\| bare |" in body
+    assert f"| realism.safetensors | {'ab' * 32} |\n| {FILE} | {file_hash(tmp_path / 'export' / FILE)} |" in body
+    assert f"````yaml\n{CARD.recipe}````" in body
+    assert "| GenEval overall | 0.734 |" in body
+    assert "- Nothing was measured above 1024 x 1024.\n- The licences" in body
+    assert float(body.split("student's by at most ")[1].split(".\n")[0]) <= 1e-5
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", FILE]
+
+
+def test_a_card_without_scores_says_so_and_takes_no_others_place(case, tmp_path):
+    _, text = exported_card(case, tmp_path, replace(CARD, scores={}, base="a local model"))
+    assert "## Scores\n\nNone were given." in text
+    assert "base_model" not in text
+    (tmp_path / "export" / FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"README\.md exists already"):
+        exported_card(case, tmp_path, CARD)
+    assert (tmp_path / "export" / "README.md").read_text(encoding="utf-8") == text
 
 
 def test_a_bf16_base_with_a_float32_student_follows_one_rule(case, tmp_path, rng):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,21 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImageOmniPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    Siglip2ImageProcessorPil,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -29,9 +38,12 @@ from transformers import (
 
 from danceopd.families.flux import FluxFamily
 from danceopd.families.sd3 import SD3Family
+from danceopd.families.z_image import ZImageFamily
 
 TOKENS = 48
 """T5 tokens per prompt in the tests."""
+CHAT_TOKENS = 80
+"""Qwen tokens per prompt, with the chat around it."""
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 
@@ -43,6 +55,21 @@ def clip_tokenizer() -> CLIPTokenizer:
 def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     return T5Tokenizer(vocab=[*pieces, *((character, -3.0) for character in CHARACTERS)], extra_ids=0)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Characters as tokens; a space and a line's end are \u0120 and \u010a."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate([*special, "\u0120", "\u010a", *CHARACTERS])},
+        merges=[],
+        extra_special_tokens=special[1:],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    return tokenizer
 
 
 def clip_config(tokenizer: CLIPTokenizer, width: int, projection: int) -> CLIPTextConfig:
@@ -158,13 +185,71 @@ def kontext_pipeline(seed: int = 0) -> FluxKontextPipeline:
     return flux_pipeline(FluxKontextPipeline, seed)
 
 
+def z_image_pipeline(cls: type = ZImagePipeline, seed: int = 0) -> Any:
+    """Z-Image, or Z-Image Omni by class."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = qwen_tokenizer()
+        omni = cls is ZImageOmniPipeline
+        parts: dict[str, Any] = {
+            "text_encoder": Qwen3Model(
+                Qwen3Config(
+                    vocab_size=len(tokenizer),
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    head_dim=8,
+                )
+            ),
+            "vae": vae(),
+            "transformer": ZImageTransformer2DModel(
+                in_channels=4,
+                dim=32,
+                n_layers=2,
+                n_refiner_layers=1,
+                n_heads=2,
+                n_kv_heads=2,
+                cap_feat_dim=16,
+                siglip_feat_dim=16 if omni else None,
+                axes_dims=[8, 4, 4],
+                axes_lens=[256, 64, 64],
+            ),
+        }
+        for name, token in parts["transformer"].named_parameters():
+            if name.endswith("pad_token"):
+                torch.nn.init.normal_(token, std=0.1)
+        if omni:
+            config = Siglip2VisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_patches=16,
+                patch_size=4,
+            )
+            parts["siglip"] = Siglip2VisionModel(config)
+            parts["siglip_processor"] = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=16)
+    return quiet(cls(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=tokenizer, **parts))
+
+
+def omni_pipeline(seed: int = 0) -> ZImageOmniPipeline:
+    return z_image_pipeline(ZImageOmniPipeline, seed)
+
+
 @dataclass(frozen=True)
 class Case:
-    """A tiny pipeline and its family. ``family(base)`` takes the pipeline or its folder."""
+    """A tiny pipeline and its family.
+
+    family: ``family(base)`` takes the pipeline or its folder.
+    plain: options with which the pipeline's call makes 16 x 24 images from text, without classifier-free guidance.
+    """
 
     pipeline: Callable[[], Any]
     family: Callable[..., Any]
     can_edit: bool
+    plain: dict[str, Any] = field(default_factory=dict)
 
 
 def sd3_family(base: Any, **options: Any) -> SD3Family:
@@ -175,8 +260,16 @@ def flux_family(base: Any, **options: Any) -> FluxFamily:
     return FluxFamily(base, max_sequence_length=TOKENS, **options)
 
 
+def z_image_family(base: Any, **options: Any) -> ZImageFamily:
+    return ZImageFamily(base, max_sequence_length=CHAT_TOKENS, **options)
+
+
 CASES = {
-    "sd3": Case(sd3_pipeline, sd3_family, can_edit=False),
-    "flux": Case(flux_pipeline, flux_family, can_edit=False),
-    "kontext": Case(kontext_pipeline, flux_family, can_edit=True),
+    "sd3": Case(sd3_pipeline, sd3_family, False, {"guidance_scale": 1.0, "max_sequence_length": TOKENS}),
+    "flux": Case(flux_pipeline, flux_family, False, {"max_sequence_length": TOKENS}),
+    "kontext": Case(kontext_pipeline, flux_family, True, {"max_sequence_length": TOKENS, "max_area": 16 * 24}),
+    "z_image": Case(
+        z_image_pipeline, z_image_family, False, {"guidance_scale": 0.0, "max_sequence_length": CHAT_TOKENS}
+    ),
+    "omni": Case(omni_pipeline, z_image_family, True, {"guidance_scale": 0.0, "max_sequence_length": CHAT_TOKENS}),
 }

@@ -13,13 +13,15 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from danceopd.distill.solver import VelocityFunction
+from danceopd.families.card import ModelCard
 from danceopd.families.pipeline import LoadedPipeline
 from danceopd.fields.adapters import Lora
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.teachers import CheckpointError, file_hash
 from danceopd.states import Condition
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
+CARD = "README.md"
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference between the student's velocity and its reloaded export's, by the network's dtype. The
@@ -38,7 +40,9 @@ class PipelineFamily(Protocol):
     def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Condition: ...
 
 
-def export_lora(family: PipelineFamily, lora: Lora, student: VelocityFunction, folder: Path) -> float:
+def export_lora(
+    family: PipelineFamily, lora: Lora, student: VelocityFunction, folder: Path, *, card: ModelCard | None = None
+) -> float:
     """Write ``folder/pytorch_lora_weights.safetensors``, load it into a fresh pipeline, and compare with the student.
 
     The file has the adapter's rank, alpha and targets in its metadata, without which alpha would be lost.
@@ -47,6 +51,7 @@ def export_lora(family: PipelineFamily, lora: Lora, student: VelocityFunction, f
         family: a family over a diffusers pipeline, whose base the LoRA is for.
         lora: the student as one LoRA over that base.
         student: ``student(z, sigma, condition) -> v`` as it was trained.
+        card: written beside the LoRA as ``README.md``, with what the check found.
 
     Returns:
         The largest difference between the two velocities.
@@ -55,15 +60,25 @@ def export_lora(family: PipelineFamily, lora: Lora, student: VelocityFunction, f
         CheckpointError: if the folder already holds an export, or what was written does not give back the student;
             nothing is left there then.
     """
-    target = folder / FILE
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; choose another folder, or remove it")
+    for target in [folder / FILE] + ([] if card is None else [folder / CARD]):
+        if target.exists():
+            raise CheckpointError(f"{target} exists already; choose another folder, or remove it")
     aside = folder / ".unverified"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         _write(family.loaded, lora, aside)
         difference = _verify(family, lora, student, aside)
-        (aside / FILE).replace(target)
+        if card is not None:
+            text = card.render(
+                lora=lora,
+                pipeline=type(family.loaded.pipeline).__name__,
+                weight_name=FILE,
+                digest=file_hash(aside / FILE),
+                difference=difference,
+            )
+            (aside / CARD).write_text(text, encoding="utf-8")
+            (aside / CARD).replace(folder / CARD)
+        (aside / FILE).replace(folder / FILE)
         return difference
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid
+from danceopd.fields.adapters import Lora
 from danceopd.states import Condition, Samples
 
 
@@ -66,6 +67,10 @@ class Family(Protocol):
 
     def load_model(self, path: Path | None = None) -> nn.Module:
         """Another model, sharing nothing with the first: the base's weights, or a full checkpoint's."""
+        ...
+
+    def load_lora(self, path: Path) -> Lora:
+        """A LoRA for ``network``, from a file in any layout that the family reads."""
         ...
 
     def samples(self, examples: Sequence[Example]) -> Samples:

@@ -27,6 +27,8 @@ from danceopd.states import Samples
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""The names that diffusers and PEFT give a LoRA's file."""
 
 
 class LoadedPipeline:
@@ -200,18 +202,26 @@ def encode_examples(
 
 
 def weight_file(reference: str | Path) -> Path:
-    """The transformer's weights in a pipeline's (or a transformer's own) folder, a shard index, or the file itself.
+    """The weights that a reference means: the file itself, or in a folder the transformer's weights (those of a
+    pipeline, or its own), their shard index, or a LoRA.
 
     Raises:
-        CheckpointError: if a folder holds none in safetensors.
+        CheckpointError: if a folder holds none of these in safetensors, or several files and none of the known names.
     """
     path = Path(reference)
     if not path.is_dir():
         return path
-    folder = path / "transformer" if (path / INDEX).is_file() else path
-    for name in (WEIGHTS, f"{WEIGHTS}.index.json"):
+    whole = (path / INDEX).is_file()
+    folder = path / "transformer" if whole else path
+    for name in (WEIGHTS, f"{WEIGHTS}.index.json", *(() if whole else LORA_WEIGHTS)):
         if (folder / name).is_file():
             return folder / name
+    others = [] if whole else sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        listed = ", ".join(other.name for other in others[:4])
+        raise CheckpointError(f"{folder} holds {len(others)} safetensors files ({listed}); name the one that is meant")
     raise CheckpointError(f"no transformer weights in {folder}: needed is {WEIGHTS}, or {WEIGHTS}.index.json")
 
 

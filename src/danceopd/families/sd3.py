@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid
+from danceopd.families.lora_files import read_lora
 from danceopd.families.pipeline import LoadedPipeline, encode_examples, weight_file
+from danceopd.fields.adapters import Lora
 from danceopd.fields.guidance import linear_guidance
 from danceopd.states import Condition, Samples, select
 
@@ -107,6 +109,9 @@ class SD3Family:
 
     def load_model(self, path: Path | None = None) -> SD3Model:
         return SD3Model(self.loaded.own_network(path))
+
+    def load_lora(self, path: Path) -> Lora:
+        return read_lora(path, self.pipeline)
 
     def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Condition:
         """Prompts as the pipeline's own encoders see them.

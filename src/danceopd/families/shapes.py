@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid, shifted_grid
+from danceopd.fields.adapters import Lora
 from danceopd.fields.guidance import linear_guidance
-from danceopd.fields.teachers import CheckpointError, load_checkpoint
+from danceopd.fields.teachers import CheckpointError, load_checkpoint, load_lora
 from danceopd.states import Condition, Samples, select
 from danceopd.world.generator import GeneratedExamples
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
@@ -72,6 +73,9 @@ class ShapesFamily:
         network = ShapesTransformer()
         load_checkpoint(network, path or self._base_path)
         return ShapesModel(network).to(self.device).eval()
+
+    def load_lora(self, path: Path) -> Lora:
+        return load_lora(path)
 
     @property
     def files(self) -> dict[str, Path]:

@@ -31,7 +31,7 @@ from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel
 from danceopd.fields.field import ModelField, VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
-from danceopd.fields.teachers import file_hash, load_lora, merge_lora
+from danceopd.fields.teachers import file_hash, merge_lora
 from danceopd.recipe import FieldPart, Recipe, RecipeError, RoutePart
 from danceopd.states import Samples
 
@@ -189,7 +189,7 @@ def _field(
 ) -> VelocityField:
     field: VelocityField
     if part.lora is not None:
-        backbone.add(name, load_lora(family.resolve(part.lora)), scale=part.lora_scale)
+        backbone.add(name, family.load_lora(family.resolve(part.lora)), scale=part.lora_scale)
         field = AdapterField(backbone, family.model, name)
     elif part.checkpoint is not None:
         field = ModelField(family.load_model(family.resolve(part.checkpoint)).to(device))
@@ -212,7 +212,7 @@ def _start(recipe: Recipe, family: Family) -> Lora | None:
         part = recipe.fields[name]
         if part.lora is None:
             return None
-        lora = load_lora(family.resolve(part.lora))
+        lora = family.load_lora(family.resolve(part.lora))
         return replace(lora, alpha=lora.alpha * part.lora_scale)
 
     init = recipe.student.init
@@ -232,7 +232,7 @@ def _method(
         return DiffusionOPD(**common, **recipe.diffusion_opd.model_dump())
     if recipe.method == "flow_opd":
         anchor = recipe.flow_opd.anchor
-        options = recipe.flow_opd.model_dump() | {"anchor": None if anchor is None else fields[anchor]}
+        options: dict[str, Any] = recipe.flow_opd.model_dump() | {"anchor": None if anchor is None else fields[anchor]}
         return FlowOPD(**common, **routing, **options)
     query = recipe.query
     matching: dict[str, Any] = {

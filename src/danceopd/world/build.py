@@ -118,14 +118,14 @@ def train_text_encoder(seed: int, device: torch.device, report: Callable[[str], 
         sentences = [
             draw_text_to_image(rng).prompt if rng.random() < 0.5 else draw_edit(rng).instruction for _ in range(128)
         ]
-        read = encoder(tokenize(sentences).to(device))
-        targets = slot_targets(sentences).to(device), phrase_targets(sentences).to(device)
-        loss = reader.loss(*read, *targets)
+        tokens, pooled = encoder(tokenize(sentences).to(device))
+        slots, phrases = slot_targets(sentences).to(device), phrase_targets(sentences).to(device)
+        loss = reader.loss(tokens, pooled, slots, phrases)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % 400 == 0:
-            accuracy = reader.accuracy(*read, *targets)
+            accuracy = reader.accuracy(tokens, pooled, slots, phrases)
             report(f"text {step + 1}/{TEXT_STEPS} loss {loss.item():.4f} sentences read {accuracy:.1%}")
     if accuracy < 0.99:
         raise RuntimeError(f"the text encoder reads only {accuracy:.1%} of sentences after {TEXT_STEPS} steps")

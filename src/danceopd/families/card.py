@@ -1,0 +1,95 @@
+"""The model card beside an exported LoRA: what it is for, what it was made from and how, and what it cannot do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import yaml
+
+from danceopd.fields.adapters import Lora
+
+GUIDANCE = (
+    "In the recipe, guidance_scale is alpha in v = v_empty + alpha (v_cond - v_empty), so that 1 is no guidance. "
+    "Z-Image's pipelines in diffusers take alpha - 1 under that name."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the author of a run knows of it.
+
+    base: the base model as its users name it, best its hub id (``org/name``).
+    fields: by name, what each field is (its weights, scale, guidance).
+    hashes: SHA-256 in hexadecimal by source: weights, data.
+    recipe: the recipe's text, whole.
+    scores: by name; none where none were measured, and the card then says so.
+    limits: what a user should not expect, a sentence each.
+    title: of the page.
+    """
+
+    base: str
+    fields: Mapping[str, str]
+    hashes: Mapping[str, str]
+    recipe: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+    title: str = "A student distilled from several fields"
+
+    def render(self, *, lora: Lora, pipeline: str, weight_name: str, digest: str, difference: float) -> str:
+        """The card as Markdown with the hub's front matter.
+
+        pipeline: class name of the diffusers pipeline that the LoRA is for.
+        weight_name, digest: name and SHA-256 of the LoRA's file.
+        difference: largest difference between the student's velocities and those of the file loaded again.
+        """
+        front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["lora", "danceopd"]}
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):
+            front["base_model"] = self.base
+        scores = {name: f"{score:g}" for name, score in self.scores.items()}
+        limits = [*self.limits, "The licences of the base and of every field above apply."]
+        return "\n\n".join(
+            [
+                f"---\n{yaml.safe_dump(front, allow_unicode=True)}---",
+                f"# {_line(self.title)}",
+                f"A LoRA of rank {lora.rank} and alpha {lora.alpha:g} on {len(lora.targets)} modules of "
+                f"{_line(self.base)}, trained by on-policy generative field distillation (DanceOPD, arXiv 2606.27377).",
+                "## Use",
+                _fenced(
+                    f"from diffusers import {pipeline}\n\n"
+                    f"pipe = {pipeline}.from_pretrained({self.base!r})\n"
+                    f'pipe.load_lora_weights("THIS FOLDER", weight_name="{weight_name}")',
+                    "python",
+                ),
+                f"Checked when it was written: loaded into a fresh {pipeline} over the base, the file's tensors and "
+                "their scale were the student's, and velocities for two prompts differed from the student's by at most "
+                f"{difference:.2g}.",
+                "## Fields",
+                _table(("field", "what it is"), self.fields),
+                "## Sources",
+                _table(("source", "SHA-256"), {**self.hashes, weight_name: digest}),
+                "## Recipe",
+                _fenced(self.recipe.rstrip("\n"), "yaml"),
+                GUIDANCE,
+                "## Scores",
+                _table(("score", "value"), scores) if scores else "None were given.",
+                "## Limits",
+                "\n".join(f"- {_line(limit)}" for limit in limits),
+            ]
+        ) + "\n"  # fmt: skip
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    cells = [head, ("---", "---"), *rows.items()]
+    return "\n".join("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
