@@ -19,7 +19,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.func import functional_call
 
 
 class AdapterMismatch(ValueError):
@@ -57,6 +56,8 @@ class AdapterBackbone:
         self.fold = fold
         self.names: list[str] = []
         self._layers: list[LoraLayer] = []
+        self._kept: dict[tuple[str, ...], tuple[Any, list[Tensor]]] = {}
+        """Folded weights by adapters, with the state of all that they were made of."""
 
     def add(self, name: str, lora: Lora, *, scale: float = 1.0) -> None:
         """Put a loaded LoRA on the backbone, frozen."""
@@ -148,19 +149,47 @@ class AdapterBackbone:
         self._require(names)
         self._switch(names)
 
-    def folded(self, model: nn.Module, *names: str) -> dict[str, Tensor]:
-        """``model``'s adapted weights with the adapters' deltas added, by parameter name, differentiable."""
-        known = {id(parameter): name for name, parameter in model.named_parameters()}
-        weights = {}
-        for layer in self._layers:
-            own = layer.get_base_layer().get_parameter("weight")
-            weight: Tensor = own
-            with torch.autocast(own.device.type, enabled=False):
-                for name in names:
-                    if name in layer.lora_A:
-                        a, b = (side[name].get_parameter("weight") for side in (layer.lora_A, layer.lora_B))
-                        weight = weight + layer.scaling[name] * (b @ a)
-            weights[known[id(own)]] = weight
+    @contextmanager
+    def folded(self, *names: str) -> Iterator[None]:
+        """Let forward passes inside run the bare layers on W + sum of the adapters' (alpha / r) B A, then restore.
+
+        Differentiable in the adapters. Without gradient the sums are kept until a weight changes, so that a rollout
+        forms them once.
+        """
+        with self.use():
+            layers = [layer.get_base_layer() for layer in self._layers]
+            before = [layer._parameters["weight"] for layer in layers]
+            weights = self._folded_weights(names)
+            for layer, weight in zip(layers, weights, strict=True):
+                layer._parameters["weight"] = cast(nn.Parameter, weight)
+            try:
+                yield
+            finally:
+                for layer, weight in zip(layers, before, strict=True):
+                    layer._parameters["weight"] = weight
+
+    def _folded_weights(self, names: tuple[str, ...]) -> list[Tensor]:
+        pairs = [
+            [
+                (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+                for name in names
+                if name in layer.lora_A
+            ]
+            for layer in self._layers
+        ]
+        own = [cast(Tensor, layer.get_base_layer().weight) for layer in self._layers]
+        read = [*own, *(side for pair in pairs for a, b, _ in pair for side in (a, b))]
+        state = tuple((cast(Tensor, weight).data_ptr(), cast(Tensor, weight)._version) for weight in read)
+        if not torch.is_grad_enabled() and names in self._kept and self._kept[names][0] == state:
+            return self._kept[names][1]
+        weights = []
+        with torch.autocast(own[0].device.type, enabled=False):
+            for weight, pair in zip(own, pairs, strict=True):
+                for a, b, scaling in pair:
+                    weight = weight + scaling * (b @ a)
+                weights.append(weight)
+        if not torch.is_grad_enabled():
+            self._kept[names] = state, weights
         return weights
 
     def _require(self, names: Sequence[str]) -> None:
@@ -240,8 +269,8 @@ class AdapterModel(nn.Module):
         if not self.backbone.fold or not self.adapters:
             with self.backbone.use(*self.adapters):
                 return self.model(z, sigma, condition)
-        with self.backbone.use():
-            return functional_call(self.model, self.backbone.folded(self.model, *self.adapters), (z, sigma, condition))
+        with self.backbone.folded(*self.adapters):
+            return self.model(z, sigma, condition)
 
 
 class AdapterField:
