@@ -34,7 +34,7 @@ def test_the_commands_are_these():
 def test_check_says_the_plan():
     result = run("check", QUICKSTART, "--set", "train.batch_size=4")
     assert result.returncode == 0, result.stderr
-    assert "t2i: 50% of samples, taught by base" in result.stdout
+    assert "t2i: 75% of samples, taught by base" in result.stdout
     assert "forward-equivalents" in result.stdout
 
 

@@ -6,6 +6,11 @@ import danceopd
 from danceopd.recipe import load_recipe
 
 TINY = [
+    "routes.0.weight=1",
+    "query.per_rollout=1",
+    "train.optimizer=adamw",
+    "train.learning_rate=1e-3",
+    "train.lr_scheduler=constant",
     "train.steps=6",
     "train.batch_size=4",
     "train.precision=fp32",
