@@ -171,7 +171,7 @@ class AdapterBackbone:
     def _folded_weights(self, names: tuple[str, ...]) -> list[Tensor]:
         pairs = [
             [
-                (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+                (cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight), layer.scaling[name])
                 for name in names
                 if name in layer.lora_A
             ]
@@ -179,7 +179,7 @@ class AdapterBackbone:
         ]
         own = [cast(Tensor, layer.get_base_layer().weight) for layer in self._layers]
         read = [*own, *(side for pair in pairs for a, b, _ in pair for side in (a, b))]
-        state = tuple((cast(Tensor, weight).data_ptr(), cast(Tensor, weight)._version) for weight in read)
+        state = tuple((weight.data_ptr(), weight._version) for weight in read)
         if not torch.is_grad_enabled() and names in self._kept and self._kept[names][0] == state:
             return self._kept[names][1]
         weights = []
