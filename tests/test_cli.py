@@ -47,7 +47,7 @@ def test_check_says_the_plan():
         (["check", QUICKSTART, "--set", "routes.0.data={manifest: none.jsonl}"], "manifest not found"),
         (["check", QUICKSTART, "--set", "train=[1,"], "not valid YAML"),
         (["report", "not-a-run"], "not a run folder"),
-        (["world", "evaluate", "--guidance-scale", "nan"], "guidance_scale"),
+        (["world", "evaluate", "--guidance-scale", "inf"], "guidance_scale"),
         (["evaluate", "not-a-run"], "not a run folder"),
     ],
 )
