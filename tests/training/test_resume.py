@@ -165,7 +165,7 @@ def test_a_finished_or_other_run_is_not_overwritten(tiny, tmp_path):
     with pytest.raises(RecipeError, match="already holds a run"):
         train(tiny())
     with pytest.raises(RecipeError, match="differing in query"):
-        train(tiny("query.band=mid_noise"), resume=True)
+        train(tiny("query.band=low_noise"), resume=True)
     longer = train(tiny("train.steps=8"), resume=True)
     assert [line["step"] for line in longer.metrics()] == list(range(1, 9))
 
