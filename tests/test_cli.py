@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import danceopd
-from danceopd.cli import app
-from danceopd.data.manifest import read_image_file
+from danceopd.cli import USER_ERRORS, app
+from danceopd.data.images import read_image_file
+from danceopd.families.shapes import WEIGHTS
+from danceopd.fields.teachers import file_hash, load_lora, read_metadata, read_safetensors
 from danceopd.recipe import load_recipe
 from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
@@ -26,7 +29,10 @@ def run(*arguments):
 
 def test_the_commands_are_these():
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == {"quickstart", "check", "train", "evaluate", "report", "sample", "schema", "export", "compare"}
+    assert names == {
+        *("quickstart", "check", "train", "evaluate", "report", "sample", "schema", "export"),
+        *("compare", "search", "pages"),
+    }
     for name in sorted(names):
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
@@ -54,15 +60,16 @@ def test_check_says_the_plan():
 def test_user_errors_are_one_line_and_exit_2(arguments, message):
     result = run(*arguments)
     assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_the_schema_documents_every_key():
     schema = json.loads(run("schema").stdout)
     undocumented = [
         f"{part}.{key}"
-        for part, content in schema["$defs"].items()
+        for part, content in {"Recipe": schema, **schema["$defs"]}.items()
         for key, value in content["properties"].items()
         if "description" not in value and "$ref" not in json.dumps(value)
     ]
@@ -79,6 +86,11 @@ def test_a_report_is_one_self_contained_page(tmp_path):
     assert page.count("data:image/png;base64,") >= 12 * 3 + 6 + 2
     assert "subject-replace" in page
     assert read_image_file(write_overview(folder)).shape[0] == 3
+    for damaged in ('{"models": ', "[]"):
+        folder.evaluation_file.write_text(damaged)
+        refused = CliRunner().invoke(app, ["report", str(folder.path)])
+        assert isinstance(refused.exception, USER_ERRORS)
+        assert "run: danceopd evaluate" in str(refused.exception)
 
 
 def test_world_build_runs_and_resumes(tmp_path):
@@ -90,6 +102,23 @@ def test_world_build_runs_and_resumes(tmp_path):
     again = run("world", "build", "--quick", "--out", tmp_path)
     assert again.returncode == 0
     assert "base: already built" in again.stdout
+    tensors, metadata = read_safetensors(tmp_path / "base.safetensors")
+    text, start = file_hash(tmp_path / "text.safetensors"), file_hash(tmp_path / "base.safetensors")
+    assert metadata["text"] == text
+    assert read_metadata(tmp_path / "edit.safetensors").items() >= {"text": text, "start": start}.items()
+    assert load_lora(tmp_path / "edit.safetensors").targets == load_lora(WEIGHTS / "edit.safetensors").targets
+    assert read_metadata(tmp_path / "edit.safetensors")["targets"]
+    few = ["--scenes-per-task", 2, "--num-inference-steps", 1, "--out", tmp_path / "world.json"]
+    scored = run("world", "evaluate", "--weights", tmp_path, *few)
+    assert scored.returncode == 0, scored.stderr
+    report = json.loads((tmp_path / "world.json").read_text())
+    assert report["precision"] in ("fp32", "bf16")
+    hashes = report["hashes"]
+    assert hashes["text encoder"] == text
+    assert hashes[str(tmp_path / "base.safetensors")] == start
     other = run("world", "build", "--quick", "--out", tmp_path, "--seed", 1)
     assert other.returncode == 2
     assert "text.safetensors was made in another way" in other.stderr
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "base.safetensors", metadata)
+    over_another = run("world", "build", "--quick", "--out", tmp_path)
+    assert "edit.safetensors was made in another way" in over_another.stderr

@@ -34,12 +34,16 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ("train.steps=2.5", r"train.steps: .*integer, found 2.5"),
         ("train.learning_rate=-1", r"train.learning_rate: .*greater than 0"),
         ("train.learning_rate=.nan", r"train.learning_rate"),
+        ("rollout.shift=.inf", r"rollout.shift: .*finite"),
+        ("evaluate.shift=.nan", r"evaluate.shift"),
+        ("train.seed=1180591620717411303424", r"train.seed: .*less than or equal to 4294967295"),
+        ("evaluate.seed=4294967296", r"evaluate.seed: .*less than or equal to"),
         ("train.gradient_accumulation_steps=5", "not a multiple"),
         ("query.band=low_nois", r"did you mean 'low_noise'"),
         ("query.per_rollout=17", "exceeds rollout.num_inference_steps"),
         ("objective=velocity_mes", r"did you mean 'velocity_mse'"),
         ("routes.0.field=t2", r"routes.0.field: .*did you mean 't2i'"),
-        ("routes.0.data.generator=null", "exactly one of 'generator' and 'manifest'"),
+        ("routes.0.data.generator=null", "exactly one of 'generator', 'manifest' and 'pack'"),
         ("routes.0.name=edit", "different names"),
         ("routes.0={field: t2i}", "missing key 'routes.0.data'"),
         ("routes=[]", "routes: "),
@@ -56,9 +60,36 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ("student={init: base, init_mode: merged}", "init_mode 'merged' needs"),
         ("routing={per: step, stratified: true}", "needs per: sample"),
         ("routes.0.data={manifest: m.jsonl, size: 5}", "a generator's"),
+        ("routes.0.data={pack: t2i, columns: {prompt: text}}", "'columns' needs a 'manifest'"),
+        ("routes.0.data={pack: t2i, manifest: m.jsonl}", "exactly one of"),
+        ("routes.0.data={pack: edit}", "pack 'edit' and 'images'.* belong together"),
+        ("routes.0.data={pack: t2i, images: photos}", "pack 'edit' and 'images'.* belong together"),
+        ("routes.0.data={pack: t3i}", "routes.0.data.pack: .*found 't3i'"),
         ("train={gradient_cosine_steps: 5, gradient_accumulation_steps: 2}", "gradient_accumulation_steps 1"),
         ("fields.student={base: true}", "fields.student: this name is taken"),
         ("fields.base={lora: x}", "fields.base: this name is taken"),
+        ("fields.x={family: flux, lora: x}", "fields.x: 'family' needs a 'base: REFERENCE' of that family"),
+        (
+            "fields.x={base: true, checkpoint: x}",
+            "fields.x: needs exactly one of 'base: true', a 'mixture', and weights",
+        ),
+        ("fields.x={mixture: [t2i, edit], prompt_prefix: x}", "takes no 'guidance_scale' and no 'prompt_prefix'"),
+        ("fields.x={lora: x, keep_on: cpu}", "'keep_on: cpu' needs a network of the field's own"),
+        (
+            "fields={x: {base: y}, t2i: {mixture: [x]}, edit: {lora: z}}",
+            "fields.t2i.mixture: field 'x' has a 'prompt_pre",
+        ),
+        ("fields.edit={lora: z, checkpoint: y}", "student.init: 'edit' is neither 'base' nor the name of a LoRA field"),
+        ("resolution=0", r"resolution.0: .*greater than or equal to 1"),
+        ("resolution=[32]", r"missing key 'resolution.1'"),
+        ("resolution=large", r"resolution: .*tuple, found 'large'"),
+        ("routes.0.negative_prompt=blurry", r"routes.0.negative_prompt: needs a 'guidance_scale'"),
+        ("routes.0.per_rollout=9", r"routes.0.per_rollout 9 exceeds rollout.num_inference_steps 8"),
+        (
+            "routes.0={field: t2i, num_inference_steps: 2, per_rollout: 3, data: {generator: x}}",
+            r"exceeds routes.0.num",
+        ),
+        ("embedded_guidance=-1", r"embedded_guidance: .*greater than or equal to 0"),
         ("fields.1x={base: true}", r"fields.1x: a field's name"),
     ],
 )
@@ -93,6 +124,27 @@ def test_overrides_reach_into_lists_and_new_parts():
     assert (recipe.routes[1].weight, recipe.train.steps, recipe.query.over) == (3.0, 7, "sigma")
 
 
+def test_a_resolution_is_a_side_or_a_height_and_a_width():
+    overrides = ["resolution=512", "routes.0.resolution=[768, 1024]"]
+    recipe = load_recipe(PACKAGE / "quickstart.yaml", overrides)
+    assert (recipe.resolution, recipe.routes[0].resolution) == ((512, 512), (768, 1024))
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), where="resolved") == recipe
+
+
+def test_a_routes_settings_that_its_field_or_method_cannot_use_are_refused(content):
+    content["fields"]["both"] = {"mixture": ["t2i", "edit"]}
+    content["routes"][0] |= {"field": "both", "guidance_scale": 2.0}
+    with pytest.raises(RecipeError, match=r"routes.0: a 'mixture' takes no guidance"):
+        parse_recipe(content, where="r")
+    content["routes"][0] = {**content["routes"][0], "field": "t2i", "per_rollout": 2}
+    del content["query"]
+    with pytest.raises(RecipeError, match=r"routes.0.per_rollout: method 'diffusion_opd' makes no use of it"):
+        parse_recipe(content | {"method": "diffusion_opd"}, where="r")
+    content["routes"][0] = {"field": "t2i", "num_inference_steps": 4, "data": {"generator": "shapes/t2i"}}
+    with pytest.raises(RecipeError, match=r"routes.0.num_inference_steps: method 'joint' makes no rollout"):
+        parse_recipe(content | {"method": "joint"}, where="r")
+
+
 def test_numbers_may_be_written_without_a_point():
     assert load_recipe(PACKAGE / "quickstart.yaml", ["train.learning_rate=1e-3"]).train.learning_rate == 0.001
 
@@ -104,7 +156,30 @@ def test_weight_files_are_relative_to_the_recipe_too(tmp_path, content):
     assert (recipe.base, recipe.fields["edit"].lora) == ("shapes:base", str(tmp_path / "edit.safetensors"))
 
 
-def test_manifests_are_relative_to_the_recipe(tmp_path, content):
+def test_manifests_and_folders_of_images_are_relative_to_the_recipe(tmp_path, content):
     content["routes"][0]["data"] = {"manifest": "prompts.jsonl"}
+    content["routes"][1]["data"] = {"pack": "edit", "images": "photos"}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
-    assert load_recipe(tmp_path / "r.yaml").routes[0].data.manifest == str(tmp_path / "prompts.jsonl")
+    first, second = load_recipe(tmp_path / "r.yaml").routes
+    assert first.data.manifest == str(tmp_path / "prompts.jsonl")
+    assert second.data.images == str(tmp_path / "photos")
+
+
+def test_references_are_files_beside_the_recipe_or_stay_as_they_are(content, tmp_path):
+    content["fields"] = {
+        "here": {"lora": "loras/here"},
+        "missing": {"checkpoint": "loras/missing.safetensors"},
+        "hub": {"lora": "org/name@main/x.safetensors", "checkpoint": "org/name"},
+        "own": {"base": "org/other@v1"},
+    }
+    content |= {"base": "shapes:base", "student": {"init": "here"}}
+    for route, name in zip(content["routes"], ("here", "hub"), strict=True):
+        route["field"] = name
+    (tmp_path / "loras" / "here").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    fields = load_recipe(tmp_path / "recipe.yaml").fields
+    assert fields["here"].lora == str((tmp_path / "loras" / "here").resolve())
+    assert fields["missing"].checkpoint == str((tmp_path / "loras" / "missing.safetensors").resolve())
+    assert fields["hub"].references == {"lora": "org/name@main/x.safetensors", "checkpoint": "org/name"}
+    assert fields["own"].own_base == "org/other@v1"
+    assert [part.told_apart for part in fields.values()] == [False, False, False, True]

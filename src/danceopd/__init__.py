@@ -7,6 +7,7 @@ from danceopd.distill.routing import Route, Router
 from danceopd.distill.schedule import Grid, shifted_grid
 from danceopd.distill.solver import sample
 from danceopd.distill.step import DanceOPD, route_gradient_cosines
+from danceopd.distill.streaming import StreamingDanceOPD
 from danceopd.fields.field import ModelField, VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
@@ -29,6 +30,7 @@ __all__ = [
     "Samples",
     "StepResult",
     "StratifiedQuery",
+    "StreamingDanceOPD",
     "VelocityField",
     "VelocityMSE",
     "rollout",

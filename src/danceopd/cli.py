@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +14,14 @@ from rich.table import Table
 
 from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.suite import SuiteError
-from danceopd.data.manifest import ManifestError
+from danceopd.data.images import ImageError
+from danceopd.data.rows import ManifestError
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import CheckpointError
-from danceopd.recipe import Recipe, RecipeError, evaluate_part, load_recipe
+from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
-from danceopd.training.trainer import Interrupted, NonFiniteLoss
+from danceopd.training.trainer import Interrupted, NonFiniteLoss, SeveralProcesses
 from danceopd.world.build import BuildError
 from danceopd.world.text import UnknownWord
 
@@ -30,13 +32,24 @@ USER_ERRORS = (
     BuildError,
     RecipeError,
     ManifestError,
+    ImageError,
     CheckpointError,
     AdapterMismatch,
     CheckpointFailure,
     RunFolderBusy,
     NonFiniteLoss,
+    SeveralProcesses,
     UnknownWord,
 )
+
+
+class ExportFormat(StrEnum):
+    """Forms of an export."""
+
+    lora = "lora"
+    peft = "peft"
+    merged = "merged"
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,7 +74,7 @@ Overrides = Annotated[
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    seed: Annotated[int, typer.Option(help="Seed of training and of the evaluation scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of training and of the evaluation scenes.")] = 0,
 ) -> None:
     """Train one student on text-to-image AND editing in the Shapes world, score it, and write a report."""
     from danceopd.runs import quickstart as run
@@ -86,7 +99,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     console.print(
         f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "
         f"{plan.train_calls:.0f} trained states = {total:.0f} forward-equivalents; "
-        f"{loaded.train.steps} updates = {total * loaded.train.steps:.3g}",
+        f"{loaded.train.steps} updates = {total * loaded.train.steps + plan.calls_once:.3g}"
+        + (f", {plan.calls_once:.0f} of them once, to fill the pool" if plan.calls_once else ""),
         highlight=False,
     )
     console.print(
@@ -116,11 +130,16 @@ def evaluate(
     scenes_per_task: Annotated[
         int | None, typer.Option(min=2, help="Scenes per task; the recipe's by default.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the evaluation scenes.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the evaluation scenes.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="External guidance of all models.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
 ) -> None:
-    """Score the base, the experts and the student on fresh scenes, with 95 % intervals."""
+    """Score the base, the experts and the student on fresh scenes, with 95 % intervals.
+
+    For a family without scores, draw them all side by side on the routes' first prompts instead.
+    """
+    from danceopd.evaluation.scorers import SCORERS
+    from danceopd.pictures import compare_pictures
     from danceopd.runs import evaluate as run
 
     folder = RunFolder(run_folder)
@@ -130,20 +149,34 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
     }
-    asked = folder.read_recipe().evaluate.model_dump() | {k: v for k, v in given.items() if v is not None}
-    _print_scores(run(folder, evaluate_part(asked)))
+    recipe = folder.read_recipe()
+    part = evaluate_part(recipe.evaluate.model_dump() | {k: v for k, v in given.items() if v is not None})
+    if recipe.family in SCORERS:
+        _print_scores(run(folder, part))
+        return
+    if scenes_per_task is not None:
+        raise RecipeError(f"--scenes-per-task: family {recipe.family!r} has no scores, and no scenes of its own")
+    path, columns, prompts = compare_pictures(folder, part)
+    for number, prompt in enumerate(prompts, start=1):
+        console.print(f"row {number}: {prompt}", highlight=False, markup=False)
+    console.print(f"columns: {' | '.join(columns)}; wrote {path}", highlight=False, markup=False)
+    console.print(
+        f"no scores: they exist for {', '.join(SCORERS)} only; for {recipe.family}, draw a benchmark's prompts with "
+        f"danceopd sample {folder.path} and hand the images to its own scorer",
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command()
 def report(run_folder: RunPath) -> None:
     """Write report.html, one self-contained page, and overview.png, from the run folder's files."""
+    from danceopd.evaluation.scorers import scorer
     from danceopd.report.overview import write_overview
     from danceopd.report.page import write_report
-    from danceopd.runs import require_evaluation
 
     folder = RunFolder(run_folder)
-    folder.read_recipe()
-    require_evaluation(folder)
+    scorer(folder.read_recipe().family)
     console.print(f"wrote {write_report(folder)} and {write_overview(folder)}", highlight=False)
 
 
@@ -155,11 +188,16 @@ def sample(
     field: Annotated[str, typer.Option(help="student, base, or a field of the recipe.")] = "student",
     guidance_scale: Annotated[float, typer.Option(min=0, help="External guidance; 1 is none.")] = 1.0,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels; the image's or family's by default.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels; with --height.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
 ) -> None:
     """Draw images with a run's student or one of its fields."""
-    from danceopd.runs import sample_images
+    from danceopd.pictures import sample_images
+
+    if (height is None) != (width is None):
+        raise RecipeError("--height and --width belong together")
 
     for path in sample_images(
         RunFolder(run_folder),
@@ -170,6 +208,7 @@ def sample(
         num_inference_steps=num_inference_steps,
         seed=seed,
         out=out,
+        size=None if height is None or width is None else (height, width),
     ):
         console.print(f"wrote {path}", highlight=False)
 
@@ -177,12 +216,23 @@ def sample(
 @app.command()
 def export(
     run_folder: RunPath,
-    out: Annotated[Path, typer.Option(help="File to write (.safetensors).")] = Path("student.safetensors"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write, or for shapes a .safetensors file; 'student' by default.")
+    ] = None,
+    form: Annotated[
+        ExportFormat | None,
+        typer.Option("--format", help="lora: for load_lora_weights; peft: for PeftModel; merged: whole weights."),
+    ] = None,
+    base_id: Annotated[str | None, typer.Option(help="The base's hub id (ORG/NAME), for the model card.")] = None,
 ) -> None:
-    """Write the student as one file that fits the original base; it is reloaded and compared before this succeeds."""
-    from danceopd.runs import export as run
+    """Write the student so that it fits the original base; it is reloaded and compared before this succeeds."""
+    from danceopd.exports import export as run
+    from danceopd.families.registry import is_over_a_pipeline
 
-    difference = run(RunFolder(run_folder), out)
+    folder = RunFolder(run_folder)
+    if out is None:
+        out = Path("student" if is_over_a_pipeline(folder.read_recipe().family) else "student.safetensors")
+    difference = run(folder, out, form=None if form is None else form.value, base_id=base_id)
     console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}", highlight=False)
 
 
@@ -203,6 +253,30 @@ def compare(
 
 
 @app.command()
+def search(
+    suite: Annotated[Path, typer.Argument(help="Suite file (YAML) with a search.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder of the trials; runs/search/SUITE by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in that folder.")] = False,
+) -> None:
+    """Choose every method's settings in a suite by the same number of trials, and write SUITE.search.json beside it."""
+    from danceopd.comparison.compare import search as run
+
+    console.print(f"wrote {run(suite, out=out, resume=resume)}", highlight=False)
+
+
+@app.command()
+def pages(
+    comparison: Annotated[list[Path], typer.Argument(help="comparison.json of a comparison.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("docs/results"),
+) -> None:
+    """Write a comparison's JSON and the page made of it alone as NAME.json and NAME.md."""
+    from danceopd.comparison.compare import write_pages
+
+    for file in comparison:
+        console.print(f"wrote {write_pages(file, out)}", highlight=False)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -211,7 +285,7 @@ def schema() -> None:
 @world_app.command("build")
 def world_build(
     out: Annotated[Path | None, typer.Option(help="Folder; build/world, or build/world-quick with --quick.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps per source: tries the path, teaches nothing.")
     ] = False,
@@ -232,14 +306,17 @@ def world_evaluate(
     scenes_per_task: Annotated[int, typer.Option(min=2, help="Fresh scenes per task.")] = 200,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance of all sources; 1 is none.")] = 1.0,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the scenes.")] = 0,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of sources, as world build leaves it; the shipped ones by default.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/world.json"),
 ) -> None:
-    """Score the shipped sources on all tasks and edit types: what each can do, and what its training cost."""
+    """Score the world's sources on all tasks and edit types: what each can do, and what its training cost."""
     from danceopd.runs import evaluate_world
 
     asked = {"scenes_per_task": scenes_per_task, "guidance_scale": guidance_scale, "seed": seed}
-    report = evaluate_world(evaluate_part({**asked, "num_inference_steps": num_inference_steps}), out)
+    report = evaluate_world(evaluate_part({**asked, "num_inference_steps": num_inference_steps}), out, weights)
     _print_scores(report)
     console.print("on its own tasks: " + ", ".join(f"{name} {score:.3f}" for name, score in report["own"].items()))
 
@@ -265,7 +342,7 @@ def main() -> None:
         app()
     except USER_ERRORS as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {type(error).__name__}: ", end="")
-        print(error, file=sys.stderr)
+        print(" ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)

@@ -7,7 +7,7 @@ families translate to and from this; nobody else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,6 +36,13 @@ def select(condition: Any, index: Tensor) -> Any:
     return condition[index] if isinstance(condition, Tensor) else _map(condition, lambda tensor: tensor[index])
 
 
+def to_device(condition: Any, device: torch.device | str) -> Any:
+    """The condition with all its tensors on ``device``."""
+    if condition is None:
+        return None
+    return condition.to(device) if isinstance(condition, Tensor) else _map(condition, lambda tensor: tensor.to(device))
+
+
 def concatenate(conditions: Sequence[Any]) -> Any:
     """Conditions of one signature, one after another along the batch.
 
@@ -62,13 +69,26 @@ def concatenate(conditions: Sequence[Any]) -> Any:
 
 
 def signature(condition: Any) -> tuple[Any, ...]:
-    """Per-sample shapes of all parts: conditions of equal signature can share a batch."""
+    """Kind and per-sample shapes of all parts: conditions of equal signature can share a batch."""
     if condition is None:
         return ()
     if isinstance(condition, Tensor):
         return (tuple(condition.shape[1:]),)
     parts = (getattr(condition, field.name) for field in fields(condition))
-    return tuple(None if part is None else tuple(part.shape[1:]) for part in parts)
+    return type(condition), *(None if part is None else tuple(part.shape[1:]) for part in parts)
+
+
+def count(condition: Any) -> int:
+    """Number of samples.
+
+    Raises:
+        ValueError: if there is no condition to tell it by.
+    """
+    if isinstance(condition, Tensor):
+        return len(condition)
+    if condition is not None:
+        return next(len(part) for field in fields(condition) if (part := getattr(condition, field.name)) is not None)
+    raise ValueError("samples of several shapes need a condition, which says how many there are of each; found none")
 
 
 def replace_where(condition: Any, mask: Tensor, change: Callable[[Any], Any]) -> Any:
@@ -78,6 +98,39 @@ def replace_where(condition: Any, mask: Tensor, change: Callable[[Any], Any]) ->
     kept, changed = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
     order = torch.cat([kept, changed]).argsort()
     return select(concatenate([select(condition, kept), change(select(condition, changed))]), order)
+
+
+def condition_tensors(condition: Any) -> dict[str, Tensor]:
+    """All tensors of a condition by name, from which ``condition_from`` makes it again.
+
+    Raises:
+        TypeError: unless it is a tensor, a ``Condition`` of any kind, or None.
+    """
+    if condition is None:
+        return {}
+    if isinstance(condition, Tensor):
+        return {"tensor": condition}
+    if not isinstance(condition, Condition):
+        raise TypeError(f"only tensors and danceopd.Condition can be saved, found a {type(condition).__name__}")
+    parts = {field.name: getattr(condition, field.name) for field in fields(condition)}
+    return {f"{type(condition).__name__}.{name}": part for name, part in parts.items() if part is not None}
+
+
+def condition_from(tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of ``condition_tensors``.
+
+    Raises:
+        ValueError: for a kind of condition that is not known here.
+    """
+    if not tensors:
+        return None
+    if "tensor" in tensors:
+        return tensors["tensor"]
+    name = next(iter(tensors)).partition(".")[0]
+    kinds = {kind.__name__: kind for kind in (Condition, *Condition.__subclasses__())}
+    if name not in kinds:
+        raise ValueError(f"there is no condition {name!r} here; known: {', '.join(kinds)}")
+    return kinds[name](**{key.partition(".")[2]: part for key, part in tensors.items()})
 
 
 def _map(condition: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -92,11 +145,14 @@ class Samples:
     condition: B samples' conditions.
     shape: the shape of one latent, without the batch axis.
     target: clean latents [B, *shape] where the data has them (needed by ``states="data"``), else None.
+    field_condition: B samples' conditions as the route's field is told them, where it is told something else than the
+        student (a trigger word before the prompt, another family's encoding); None where it is told the same.
     """
 
     condition: Any
     shape: tuple[int, ...]
     target: Tensor | None = None
+    field_condition: Any = None
 
 
 @dataclass(frozen=True)
@@ -133,11 +189,20 @@ class NetworkCalls:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedCalls:
-    """Per-sample network evaluations that one training sample costs, in expectation."""
+    """Per-sample network evaluations that one training sample costs, in expectation.
+
+    once: rollout evaluations that a whole run costs besides, before its first update.
+    """
 
     rollout: float
     field: float
     train: float
+    once: float = 0.0
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Forward passes per training sample, a backward pass counting two; ``once`` is not in it."""
+        return self.rollout + self.field + 3 * self.train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,85 +2,110 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
+from tiny_suites import TINY, write
 
-from danceopd.comparison.compare import compare, write_pages
+from danceopd.comparison.claims import verdict
+from danceopd.comparison.compare import compare, read_comparison, write_pages
+from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError
-from danceopd.comparison.suite import SuiteError, load_suite, updates_within
+from danceopd.comparison.suite import SuiteError
 from danceopd.training.checkpoint import CheckpointFailure
+from danceopd.training.trainer import Trainer
 
-SUITES = sorted((Path(__file__).parents[2] / "suites").glob("*.yaml"))
-TINY = {
-    "version": 1,
-    "title": "tiny",
-    "reference": "danceopd",
-    "updates": 2,
-    "compute": 300.0,
-    "seeds": 1,
-    "recipe": {
-        "version": 1,
-        "family": "shapes",
-        "base": "shapes:base",
-        "fields": {"t2i": {"base": True}, "edit": {"lora": "shapes:edit"}},
-        "student": {"init": "edit"},
-        "routes": [
-            {"field": "t2i", "data": {"generator": "shapes/t2i"}},
-            {"field": "edit", "data": {"generator": "shapes/edit"}},
-        ],
-        "rollout": {"num_inference_steps": 4},
-        "train": {"batch_size": 4, "precision": "fp32", "sample_steps": 0},
-        "evaluate": {"scenes_per_task": 2, "num_inference_steps": 2},
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+OTHER_JSON = {"world.json"}
+"""Files of docs/results that no comparison made."""
+CLAIMS = [
+    {"method": "danceopd", "over": "joint", "capability": "edit", "paper": "+15.8 %"},
+    {"method": "danceopd", "over": "joint", "capability": "t2i", "view": "compute"},
+    {
+        "text": "as good as the edit source",
+        "measure": "scores",
+        "at": "views/updates/danceopd/edit/of_best_source",
+        "at_least": 1.0,
     },
-    "methods": {
-        "danceopd": {},
-        "joint": {"method": "joint"},
-        "merge": {
-            "method": "weight_merge",
-            "student": {"init": {"t2i": 1.0, "edit": 1.0}, "init_mode": "merged"},
-            "train.steps": 0,
-        },
-    },
-}
+]
 
 
-def write(tmp_path, **changes):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, **changes}))
-    return path
+def measured_files(out):
+    return {file: file.stat().st_mtime_ns for file in out.rglob("points/*.json")}
 
 
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_shipped_suites_are_valid(path):
-    suite = load_suite(path)
-    assert suite.reference in suite.recipes
+def without_seconds(content):
+    if isinstance(content, dict):
+        return {key: without_seconds(value) for key, value in content.items() if key != "seconds"}
+    return [without_seconds(value) for value in content] if isinstance(content, list) else content
 
 
 def test_a_suite_is_compared_and_never_recomputed(tmp_path):
-    path, out = write(tmp_path), tmp_path / "out"
+    paper = {"what": "GEditBench / GenEval", "figures": {"joint": "4.617 / 0.808"}}
+    path, out = write(tmp_path, points=[1, 2], claims=CLAIMS, paper=paper), tmp_path / "out"
     compare(path, out=out, only=["joint"])
-    first = {file: file.stat().st_mtime_ns for file in out.rglob("points/*.json")}
-    assert len(first) == 2  # one run, scored at equal updates and at equal compute
+    first = measured_files(out)
+    assert len(first) == 3  # one run: a further point, equal updates (a point too) and equal compute
     with pytest.raises(ComparisonError, match="already holds a comparison; go on with --resume"):
         compare(path, out=out)
     compare(path, out=out, resume=True)
     assert all(file.stat().st_mtime_ns == time for file, time in first.items())
-    summary = json.loads((out / "comparison.json").read_text())
+    summary = read_comparison(out / "comparison.json")
+    scores = summary["measures"]["scores"]
     updates = {
-        view: {name: entry["updates"] for name, entry in methods.items()} for view, methods in summary["views"].items()
+        view: {name: entry["updates"] for name, entry in methods.items()} for view, methods in scores["views"].items()
     }
     assert updates["updates"] == {"danceopd": 2, "joint": 2, "merge": 0}
-    assert updates["compute"]["joint"] == 300 // 12
+    assert updates["compute"]["joint"] == 108 // 12
     assert 1 <= updates["compute"]["danceopd"] < updates["compute"]["joint"]
-    joint = summary["views"]["compute"]["joint"]
-    assert joint["compute"] == 300
+    assert [point["updates"] for point in scores["curve"]["joint"]] == [1, 2, 9]
+    assert [point["updates"] for point in scores["curve"]["merge"]] == [0]
+    joint = scores["views"]["compute"]["joint"]
+    assert joint["compute"] == 108
     assert joint["t2i"]["minus_reference"]["low"] <= joint["t2i"]["minus_reference"]["value"]
+    assert "minus_reference" not in scores["views"]["compute"]["danceopd"]["t2i"]
+    lead = summary["claims"][0]
+    assert lead["estimate"]["value"] == pytest.approx(
+        -scores["views"]["updates"]["joint"]["edit"]["minus_reference"]["value"]
+    )
     page = (out / "comparison.html").read_text()
-    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "http" not in page
     assert page.count("data:image/png;base64,") == 3
-    assert "| **danceopd** | 2 |" in (out / "comparison.md").read_text()
     text = (out / "comparison.md").read_text()
-    write_pages(out)
-    assert (out / "comparison.md").read_text() == text  # the page is a function of the JSON
+    assert "| **danceopd** | 2 |" in text
+    assert "| danceopd leads joint: editing, equal updates | +15.8 % |" in text
+    assert "| 4.617 / 0.808 |" in text
+    assert (markdown(summary), html(summary)[:500]) == (text, page[:500])  # pages are a function of the JSON
+
+
+def test_a_killed_comparison_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    path = write(tmp_path, compute=None, updates=4, recipe=_saved_often(), methods={"danceopd": {}, "joint": JOINT})
+    compare(path, out=tmp_path / "whole")
+    update, made = Trainer.update, []
+
+    def killed(trainer):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(trainer.folder.path.parent.name)
+        return update(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(path, out=tmp_path / "cut")
+    first = measured_files(tmp_path / "cut")
+    assert len(first) == 1
+    made.clear()
+    monkeypatch.setattr(Trainer, "update", lambda trainer: made.append(trainer) or update(trainer))
+    compare(path, out=tmp_path / "cut", resume=True)
+    assert len(made) == 2  # joint's last two updates and none of danceopd's
+    assert all(file.stat().st_mtime_ns == time for file, time in first.items())
+    whole, cut = (read_comparison(tmp_path / name / "comparison.json") for name in ("whole", "cut"))
+    assert without_seconds(cut) == without_seconds(whole)
+
+
+JOINT = {"method": "joint"}
+
+
+def _saved_often():
+    return TINY["recipe"] | {"train": TINY["recipe"]["train"] | {"checkpointing_steps": 1}}
 
 
 def test_a_cached_run_whose_sources_changed_is_refused(tmp_path):
@@ -100,31 +125,115 @@ def test_a_cached_run_whose_sources_changed_is_refused(tmp_path):
         compare(path, out=out, resume=True)
     first = min(out.rglob("points/*.json"))
     first.unlink()
-    with pytest.raises(ComparisonError, match="was never scored at 2; remove that folder"):
+    with pytest.raises(ComparisonError, match=r"never measured at 2 \(scores\); remove that folder"):
         compare(path, out=out, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"reference": "nobody"}, "reference 'nobody' is none of"),
-        ({"sedes": 3}, "sedes"),
-        ({"methods": {"danceopd": {"method": "danseopd"}}}, "did you mean 'danceopd'"),
-        ({"methods": {"danceopd": {}, "x": {"evaluate.seed": 3}}}, "do not share 'evaluate'"),
-        ({"methods": {"danceopd": {}, "x": {"fields.edit": {"lora": "shapes:local"}}}}, "do not share their sources"),
-        ({"methods": {"danceopd": {}, "x": {"routes.0.data.seed": 3}}}, "do not share their training data"),
-        ({"methods": {"danceopd": {}, "x": {"train.batch_size": 8}}}, "do not share train.batch_size"),
-        ({"methods": {"danceopd": {"train.lr_scheduler": "linear"}}}, "must be 'constant'"),
-    ],
-)
-def test_suites_that_compare_unlike_things_are_refused(tmp_path, changes, message):
-    with pytest.raises(SuiteError, match=message):
-        load_suite(write(tmp_path, **changes))
-
-
-def test_a_budget_that_pays_for_no_update_is_refused(tmp_path):
-    assert updates_within(300.0, 12.0, "joint") == 25
-    with pytest.raises(SuiteError, match="does not pay for one"):
-        updates_within(10.0, 12.0, "joint")
-    with pytest.raises(ComparisonError, match="no method 'nobody'"):
+def test_unknown_methods_poor_budgets_and_claims_about_nothing_are_refused(tmp_path):
+    with pytest.raises(ComparisonError, match="no method 'nobody'; it has danceopd, joint, merge"):
         compare(write(tmp_path), out=tmp_path / "out", only=["nobody"])
+    with pytest.raises(SuiteError, match=r"method 'danceopd' needs .*the budget of 13 does not pay for one"):
+        compare(write(tmp_path, compute=13.0), out=tmp_path / "out")
+    nowhere = {**CLAIMS[2], "at": "views/updates/danceopd/edit/of_best_sauce"}
+    with pytest.raises(SuiteError, match=r"no 'of_best_sauce' there; it has overall"):
+        compare(write(tmp_path, claims=[nowhere], compute=None), out=tmp_path / "out", only=["danceopd"], resume=True)
+
+
+def test_verdicts_follow_the_interval():
+    assert [verdict(low, high, above=0.0) for low, high in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1))] == [
+        "reproduced",
+        "not reproduced",
+        "inconclusive",
+    ]
+    law = {"above": 0.9, "below": 1.1}
+    assert [verdict(low, high, **law) for low, high in ((0.95, 1.05), (1.2, 1.3), (1.0, 1.2), (0.5, 1.5))] == [
+        "reproduced",
+        "not reproduced",
+        "inconclusive",
+        "inconclusive",
+    ]
+
+
+def estimate(value, width=0.02):
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+def synthetic():
+    """A comparison's JSON by hand: two methods, one capability, one claim of each verdict."""
+    scores = {
+        "reference": "danceopd",
+        "best_source": {"edit": "expert"},
+        "paper": {"what": "", "figures": {"danceopd": "5.347"}},
+        "sources": {"expert": {"edit": estimate(0.9)}},
+        "views": {"updates": {}},
+        "curve": {},
+        "runs": {},
+    }
+    for name, value in (("danceopd", 0.8), ("joint", 0.7)):
+        spent = {"updates": 10, "compute": 1200.0, "seconds": 3.0}
+        found = {"overall": estimate(value), "tasks": {"subject-add": value}, "of_best_source": estimate(value / 0.9)}
+        if name != "danceopd":
+            found["minus_reference"] = estimate(value - 0.8) | {"detectable": 0.03}
+        scores["views"]["updates"][name] = {**spent, "edit": found}
+        scores["curve"][name] = [{**spent, "edit": estimate(value)}]
+    claims = [
+        {
+            "text": f"claim {index}",
+            "paper": "+8.1 %",
+            "holds": "above 0",
+            "kind": "difference",
+            "estimate": estimate(value) | {"detectable": 0.029},
+            "relative": estimate(value / 0.7),
+            "verdict": verdict(value - 0.02, value + 0.02, above=0.0),
+        }
+        for index, value in enumerate((0.1, -0.1, 0.01))
+    ]
+    return {
+        "kind": "comparison",
+        "suite": "synthetic",
+        "title": "Synthetic",
+        "seeds": 2,
+        "scenes_per_task": 5,
+        "searched": {"rule": "The best.", "updates": 5, "trials": 4, "chosen": {"danceopd": {"query.band": "mid"}}},
+        "paper": "GEditBench",
+        "measures": {"scores": scores},
+        "claims": claims,
+    }
+
+
+def test_the_page_states_the_json_and_nothing_else(tmp_path):
+    source = tmp_path / "comparison.json"
+    source.write_text(json.dumps(synthetic()))
+    page = write_pages(source, tmp_path / "results")
+    text = page.read_text()
+    assert page.name == "synthetic.md"
+    assert (
+        "| claim 0 | +8.1 % | +0.100 (+0.080 to +0.120), relative 14.3 % (12.3 to 16.3) | above 0 | reproduced |"
+        in text
+    )
+    assert "| not reproduced |" in text
+    assert "| inconclusive (detectable: 0.029) |" in text
+    assert "| **danceopd** | 10 | 1,200 | 3 | 0.800 (0.78 to 0.82) | 0.89 (0.87 to 0.91) |  | 5.347 |" in text
+    assert "| danceopd | query.band mid |" in text
+    assert html(synthetic()).count("data:image/png;base64,") == 2  # no plane of one capability
+    stored = page.with_suffix(".json")
+    write_pages(stored, tmp_path / "results")
+    assert (stored.exists(), page.read_text()) == (True, text)
+    other = synthetic()
+    other["measures"]["scores"]["views"]["updates"]["danceopd"]["edit"]["overall"]["value"] = 0.81
+    assert markdown(other) != text
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ComparisonError, match=r"other\.json is not the JSON of a comparison"):
+        write_pages(tmp_path / "other.json", tmp_path)
+
+
+def test_every_committed_result_has_the_page_that_its_json_makes():
+    unmade = set()
+    for file in sorted(RESULTS.glob("*.json")):
+        summary = read_comparison(file)
+        if summary is None:
+            unmade.add(file.name)
+            continue
+        assert file.stem == summary["suite"]
+        assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(summary), f"danceopd pages {file}"
+    assert unmade == OTHER_JSON

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from danceopd.comparison.statistics import mean_over_seeds, paired_difference, ratio_to_source
+from danceopd.comparison.statistics import detectable, gap_closed, mean_over_seeds, paired_difference, paired_ratio
 
 
 def draw(seed=0, effect=0.0, seeds=5, tasks=6, n=50):
@@ -56,7 +56,23 @@ def test_means_and_ratios():
     assert estimate.value == pytest.approx(one.mean())
     assert estimate.low < estimate.value < estimate.high
     source = one.mean(0)
-    ratio = ratio_to_source(one, source, np.random.default_rng(0))
+    ratio = paired_ratio(one, source, np.random.default_rng(0))
     assert ratio.value == pytest.approx(1.0)
     assert ratio.low <= 1.0 <= ratio.high
-    assert np.isnan(ratio_to_source(one, np.zeros_like(source), np.random.default_rng(0)).value)
+    assert np.isnan(paired_ratio(one, np.zeros_like(source), np.random.default_rng(0)).value)
+
+
+def test_the_share_of_the_gap_is_exact_where_every_scene_closes_it_alike():
+    rng = np.random.default_rng(0)
+    base, gap = rng.uniform(0.0, 0.2, (6, 50)), rng.uniform(0.3, 0.6, (6, 50))
+    student = np.stack([base + share * gap for share in (0.8, 0.9)])
+    estimate = gap_closed(student, base, base + gap, rng)
+    assert estimate.value == pytest.approx(0.85)
+    assert (estimate.low, estimate.high) == pytest.approx((0.8, 0.9))  # scenes agree: only the two seeds spread
+    assert np.isnan(gap_closed(student, base, base, rng).value)
+
+
+def test_an_intervals_width_and_a_differences_own_power_agree():
+    one, two = draw(effect=0.1)
+    difference = paired_difference(two, one, np.random.default_rng(0))
+    assert detectable(difference.estimate) == pytest.approx(difference.detectable, rel=0.1)

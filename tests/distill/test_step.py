@@ -6,6 +6,7 @@ from closed_forms import GaussianField, TinyNet
 from torch import nn
 
 import danceopd as d
+from danceopd.distill.batch import draw_batches
 from danceopd.distill.objective import VelocityMSE
 from danceopd.distill.query import low_noise
 
@@ -133,6 +134,21 @@ def test_routes_of_one_shape_share_every_student_call(rng):
     assert len(sizes) <= GRID.steps + 1
 
 
+@pytest.mark.parametrize("kind", ["tensor", "condition"])
+def test_conditions_and_targets_go_to_the_methods_device(rng, kind):
+    def data(count, generator):
+        told = torch.zeros(count, 2)
+        condition = told if kind == "tensor" else d.Condition(prompt_embeds=told[:, None], source=torch.ones(count, 4))
+        return d.Samples(condition=condition, shape=(4,), target=torch.ones(count, 4), field_condition=told)
+
+    routes = [d.Route(name, GaussianField(0.0, 1.0), data) for name in ("one", "two")]
+    (batch,) = draw_batches(routes, torch.tensor([0, 1, 1]), rng, "meta", grid=GRID, targets=True)
+    condition = batch.condition
+    parts = [condition] if kind == "tensor" else [condition.prompt_embeds, condition.source]
+    assert {part.device.type for part in [*parts, batch.field_condition, batch.target]} == {"meta"}
+    assert batch.route.device.type == "cpu"
+
+
 def test_misspelt_options_and_equal_names_are_refused():
     route = d.Route("one", GaussianField(0.0, 1.0), inputs)
     with pytest.raises(ValueError, match="found 'studnet'"):
@@ -167,6 +183,36 @@ def test_shapes_that_differ_run_beside_each_other(rng):
     assert result.calls.train == 32
 
 
+def test_a_route_may_draw_several_shapes_and_shares_each_with_other_routes(rng):
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.3))
+            self.seen = []
+
+        def forward(self, z, sigma, condition=None):
+            self.seen.append((len(z), z.shape[1]))
+            return self.a * z
+
+    def mixed(count, generator):
+        return [inputs(3, generator, 2), inputs(count - 3, generator, 6)]
+
+    student = Sizes()
+    routes = [
+        d.Route("mixed", GaussianField(1, 1), mixed),
+        d.Route("large", GaussianField(-1, 1), lambda n, g: inputs(n, g, 6)),
+    ]
+    chosen = torch.tensor([0] * 8 + [1] * 4)
+    result = method(*routes).step(student, batch_size=12, generator=rng, routes=chosen)
+    assert {name: route.samples for name, route in result.routes.items()} == {"mixed": 8, "large": 4}
+    assert {size for size in student.seen if size[0] in (3, 9)} == {(3, 2), (9, 6)}
+    result.loss.backward()
+    assert float(student.a.grad) != 0
+    short = d.Route("short", GaussianField(1, 1), lambda n, g: [inputs(2, g, 2)])
+    with pytest.raises(ValueError, match="'short' was asked for 4 samples and drew 2"):
+        method(short).step(student, batch_size=4, generator=rng)
+
+
 def test_calls_are_counted_as_they_happen(rng):
     student, counts = TinyNet(), {"grad": 0, "free": 0}
 
@@ -190,9 +236,15 @@ def test_several_queries_average_and_free_their_graphs(rng, count):
     whole.loss.backward()
     expected = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    part = distil.step(
-        student, batch_size=8, generator=torch.Generator().manual_seed(3), backward=lambda loss: loss.backward()
-    )
+    freed = []
+
+    def backward(loss):
+        loss.backward()
+        freed.append(loss)
+
+    part = distil.step(student, batch_size=8, generator=torch.Generator().manual_seed(3), backward=backward)
+    assert len(freed) == count  # one graph a state, gone before the next one stands
+    torch.testing.assert_close(sum(freed).detach(), whole.loss.detach())
     assert not part.loss.requires_grad
     torch.testing.assert_close(part.loss, whole.loss.detach())
     for a, b in zip(expected, (p.grad for p in student.parameters()), strict=True):
@@ -220,20 +272,23 @@ def test_data_states_are_noised_targets_and_need_targets(rng):
 
 
 def test_teacher_states_are_the_teachers_rollout(rng):
-    seen = []
-
-    class Recorder(GaussianField):
-        def velocity(self, z, sigma, condition=None):
-            seen.append((z.clone(), float(sigma[0])))
-            return super().velocity(z, sigma, condition)
-
-    student = TinyNet()
-    student.register_forward_hook(lambda m, args, out: seen.append("student"))
-    result = method(d.Route("r", Recorder(0.5, 0.5), inputs), states="teacher").step(
-        student, batch_size=4, generator=rng
-    )
-    assert seen.count("student") == 1  # only the matching pass
-    assert result.calls.rollout > 0
+    seen, student, teacher = [], TinyNet(), GaussianField(0.5, 0.5)
+    student.register_forward_hook(lambda module, args, out: seen.append(args))
+    distil, chosen = method(d.Route("r", teacher, inputs), states="teacher"), torch.zeros(64, dtype=torch.int64)
+    again = torch.Generator()
+    again.set_state(rng.get_state())
+    result = distil.step(student, batch_size=64, generator=rng, routes=chosen)
+    query = low_noise().draw(64, GRID, again)
+    z = torch.randn(64, 4, generator=again)
+    expected = torch.empty_like(z)
+    for step, (here, there) in enumerate(GRID.sigmas.unfold(0, 2, 1)):
+        asked = query.step[:, 0] == step
+        expected[asked] = z[asked]
+        z = z + (there - here) * teacher.velocity(z, here.expand(64))
+    ((states, sigma, _),) = seen  # the student's only pass is the matching one
+    assert torch.equal(sigma, GRID.sigmas[query.step[:, 0]])
+    torch.testing.assert_close(states, expected)
+    assert result.calls.rollout == int(query.step.sum())
 
 
 def test_prompt_dropout_replaces_the_right_share(rng):
@@ -267,6 +322,21 @@ def test_gradient_cosines_of_opposed_and_equal_fields(rng):
 def test_objective_weights_have_mean_one_over_the_band(weighting):
     weights = VelocityMSE(weighting).step_weights(GRID, low_noise())
     assert float((weights.double() * low_noise().step_probabilities(GRID)).sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("weighting", "weights"), [("timestep", [0.0, 0.25, 0.5, 0.75]), ("kl", None)])
+def test_losses_carry_the_weight_of_each_samples_own_step(weighting, weights):
+    """On sigmas 1, 3/4, 1/2, 1/4 with eta = 0.7: |dt| = 1/4, s^2 = 0.49 sigma / (1 - sigma), and 3 * 0.49 at 1 too."""
+    grid, band = d.shifted_grid(steps=4, shift=1.0), d.BetaQuery(1, 1)
+    squared = torch.tensor([3.0, 3.0, 1.0, 1 / 3]) * 0.49
+    raw = torch.tensor(weights) if weights else 0.25 * torch.tensor([1.0, 1.245, 1.245, 1.245]) ** 2 / (2 * squared)
+    step = torch.tensor([[3], [0], [1], [2]])
+    difference = torch.tensor([1.0, 2.0, 3.0, 0.5])
+    field = torch.randn(4, 5)
+    losses = VelocityMSE(weighting).losses(
+        field + difference[:, None], field, d.Query(step, grid.sigmas[step]), grid, band
+    )
+    torch.testing.assert_close(losses, (raw / raw.mean())[step[:, 0]] * difference**2, rtol=1e-4, atol=1e-5)
 
 
 def test_kl_weight_is_the_gaussian_kl_of_one_sde_step():

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from tiny_pipelines import CASES, flux_pipeline, z_image_pipeline
 
 from danceopd.families.lora_files import read_lora
-from danceopd.families.pipeline import weight_file
+from danceopd.families.pipeline_folder import weight_file
 from danceopd.fields.adapters import AdapterBackbone, AdapterModel, Lora
-from danceopd.fields.teachers import CheckpointError, save_lora
+from danceopd.fields.teachers import CheckpointError, read_safetensors, save_lora
 
 RANK, ALPHA = 4, 6.0
 
@@ -48,7 +48,7 @@ def velocity(family, network):
     shape = family.loaded.latent_shape(16, 24)
     z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return type(family.model)(network)(z, torch.tensor([0.8, 0.2]), family.encode(["a circle", "a star"], None))
+        return family.behind_the_call(network)(z, torch.tensor([0.8, 0.2]), family.encode(["a circle", "a star"], None))
 
 
 def ours(family, lora):
@@ -57,7 +57,7 @@ def ours(family, lora):
     backbone.add("read", lora)
     shape = family.loaded.latent_shape(16, 24)
     z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    model = AdapterModel(backbone, type(family.model)(network), "read")
+    model = AdapterModel(backbone, family.behind_the_call(network), "read")
     with torch.no_grad():
         return model(z, torch.tensor([0.8, 0.2]), family.encode(["a circle", "a star"], None))
 
@@ -256,6 +256,16 @@ def test_files_that_contradict_themselves_are_refused(path):
     save_file(twice, path, {"alpha": repr(ALPHA)})
     with pytest.raises(CheckpointError, match="in a layout to be converted"):
         read_lora(path, family.pipeline)
+
+
+def test_a_module_that_went_missing_is_noticed(path):
+    family = CASES["sd3"].family(CASES["sd3"].pipeline())
+    save_lora(made(family), path)
+    tensors, metadata = read_safetensors(path)
+    lost = min(tensors).rpartition(".lora_")[0]
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(f"{lost}.")}, path, metadata)
+    with pytest.raises(CheckpointError, match=f"differ in 1, first '{lost}'"):
+        family.load_lora(path)
 
 
 def test_a_folder_means_the_one_lora_in_it(tmp_path, path):

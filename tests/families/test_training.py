@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from shared_backbones import ALPHA, PROMPTS, RANK, SHAPE, perturb, shared_backbone
 
 import danceopd as d
 from danceopd.distill.solver import integrate
@@ -12,30 +13,6 @@ from danceopd.families.card import ModelCard
 from danceopd.families.export import FILE, export_lora
 from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora
 from danceopd.fields.teachers import CheckpointError, file_hash
-
-PROMPTS = ["a red circle", "a small blue square beside a green star"]
-RANK, ALPHA = 4, 6.0
-SHAPE = (4, 8, 12)
-
-
-def perturb(backbone: AdapterBackbone, name: str, size: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in backbone.named_parameters(name):
-        if "lora_B" in key:
-            parameter.data += torch.randn(parameter.shape, generator=generator) * size
-
-
-def shared_backbone(family, *, fold: bool = False) -> AdapterBackbone:
-    """A backbone with a frozen LoRA teacher and a trainable student, which is active."""
-    backbone = AdapterBackbone(family.network, fold=fold)
-    rng = torch.Generator().manual_seed(5)
-    backbone.create("teacher", rank=3, alpha=3.0, targets=family.lora_targets, generator=rng)
-    perturb(backbone, "teacher", 0.5, seed=6)
-    for parameter in backbone.parameters("teacher"):
-        parameter.requires_grad_(False)
-    backbone.create("student", rank=RANK, alpha=ALPHA, targets=family.lora_targets, generator=rng)
-    backbone.activate("student")
-    return backbone
 
 
 def method_for(family, field, can_edit: bool) -> d.DanceOPD:
@@ -145,7 +122,7 @@ def test_an_export_that_is_not_the_student_is_not_written(case, tmp_path):
     wrong = Lora(rank=RANK, alpha=2 * ALPHA, weights=lora.weights)
     with pytest.raises(CheckpointError, match=r"does not give back the student.*was not written"):
         export_lora(family, wrong, student, tmp_path / "export")
-    assert list((tmp_path / "export").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     export_lora(family, lora, student, tmp_path / "export")
     with pytest.raises(CheckpointError, match="exists already"):
         export_lora(family, lora, student, tmp_path / "export")
@@ -187,14 +164,10 @@ def test_a_model_card_says_what_the_lora_is_and_was_made_from(case, tmp_path):
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", FILE]
 
 
-def test_a_card_without_scores_says_so_and_takes_no_others_place(case, tmp_path):
+def test_a_card_without_scores_says_so(case, tmp_path):
     _, text = exported_card(case, tmp_path, replace(CARD, scores={}, base="a local model"))
     assert "## Scores\n\nNone were given." in text
     assert "base_model" not in text
-    (tmp_path / "export" / FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"README\.md exists already"):
-        exported_card(case, tmp_path, CARD)
-    assert (tmp_path / "export" / "README.md").read_text(encoding="utf-8") == text
 
 
 def test_a_bf16_base_with_a_float32_student_follows_one_rule(case, tmp_path, rng):

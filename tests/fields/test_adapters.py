@@ -123,6 +123,43 @@ def test_folded_calls_equal_peft_calls_in_values_and_gradients(shared):
     assert all(float(gradient.abs().sum()) > 0 for gradient in results[1][1])
 
 
+def test_folded_weights_follow_every_change_and_one_copy_is_kept(shared):
+    backbone, model = shared
+    z, sigma = torch.randn(5, 4), torch.rand(5)
+
+    def both(*names):
+        results = []
+        for fold in (False, True):
+            backbone.fold = fold
+            with torch.no_grad():
+                results.append(AdapterModel(backbone, model, *names)(z, sigma, None))
+        torch.testing.assert_close(*results)
+        return results[1]
+
+    first = both("one", "student")
+    assert torch.equal(both("one", "student"), first)
+    with torch.no_grad():
+        for parameter in backbone.parameters("student"):
+            parameter.add_(0.2)
+    assert not torch.equal(both("one", "student"), first)  # in place
+    added = both("one", "student")
+    optimizer = torch.optim.AdamW(backbone.parameters("student"), lr=0.1)
+    for parameter in backbone.parameters("student"):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not torch.equal(both("one", "student"), added)
+    changed = both("one", "student")
+    for parameter in backbone.parameters("student"):
+        parameter.data = torch.zeros_like(parameter)
+    assert not torch.equal(both("one", "student"), changed)
+    both("two")
+    kept = sum(weight.numel() for weight in backbone._kept[1])
+    assert kept == sum(layer.get_base_layer().weight.numel() for layer in backbone._layers)
+    assert all(isinstance(layer.get_base_layer().weight, torch.nn.Parameter) for layer in backbone._layers)
+    AdapterModel(backbone, model, "student")(z, sigma, None)
+    assert backbone._kept is None  # the training pass forms its own
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_student_on_the_shared_backbone_has_zero_loss_against_itself(shared, rng, fold):
     backbone, model = shared
@@ -139,6 +176,46 @@ def test_student_on_the_shared_backbone_has_zero_loss_against_itself(shared, rng
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             result = method.step(AdapterModel(backbone, model, "student"), batch_size=8, generator=rng)
         assert float(result.loss.detach()) == 0.0
+
+
+class Behind(nn.Module):
+    """A network of any dtype behind the canonical call."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z, sigma, condition):
+        return self.network(z.to(self.network.fc_in.weight.dtype), sigma, condition).to(z.dtype)
+
+
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_student_that_starts_as_its_teacher_equals_it_in_every_precision(rng, frozen, autocast, fold):
+    model = Behind(TinyNet().to(frozen))
+    backbone = AdapterBackbone(model.network, fold=fold)
+    backbone.add("teacher", lora(1))
+    backbone.create("student", rank=3, alpha=6.0, targets=TARGETS, generator=rng, start=lora(1))
+    adapters = {parameter.dtype for name in backbone.names for parameter in backbone.parameters(name)}
+    assert adapters == {torch.float32}
+    assert {layer.get_base_layer().weight.dtype for layer in backbone._layers} == {frozen}
+    route = d.Route(
+        "same",
+        AdapterField(backbone, model, "teacher"),
+        lambda n, g: d.Samples(condition=torch.randn(n, 2, generator=g), shape=(4,)),
+    )
+    student = AdapterModel(backbone, model, "student")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = d.DanceOPD(routes=[route], grid=d.shifted_grid(steps=4)).step(student, batch_size=8, generator=rng)
+    result.loss.backward()
+    assert float(result.loss.detach()) == 0.0
+    bare = AdapterField(backbone, model).velocity(torch.ones(2, 4), torch.ones(2), None)
+    taught = route.field.velocity(torch.ones(2, 4), torch.ones(2), None)
+    assert float((taught - bare).abs().max()) > 0.1
+    optimizer = torch.optim.AdamW(backbone.parameters("student"))
+    optimizer.step()
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
 
 
 def test_a_student_may_start_from_a_source_with_another_alpha(rng):

@@ -5,7 +5,15 @@ import torch
 from closed_forms import TinyNet
 from safetensors.torch import save_file
 
-from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint, load_lora, read_safetensors
+from danceopd.fields.adapters import Lora
+from danceopd.fields.teachers import (
+    CheckpointError,
+    file_hash,
+    load_checkpoint,
+    load_lora,
+    read_safetensors,
+    save_lora,
+)
 
 
 def test_a_whole_checkpoint_loads_exactly(tmp_path):
@@ -89,6 +97,18 @@ def test_a_lora_must_be_whole_and_record_its_alpha(tmp_path):
         save_file(content, path, metadata)
         with pytest.raises(CheckpointError, match=message):
             load_lora(path)
+
+
+def test_a_module_that_went_missing_from_a_lora_is_noticed(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    shapes = {"lora_A.weight": (2, 3), "lora_B.weight": (4, 2)}
+    whole = {f"{name}.{side}": torch.ones(shape) for name in ("fc", "out") for side, shape in shapes.items()}
+    save_lora(Lora(rank=2, alpha=4.0, weights=whole), path)
+    assert load_lora(path).targets == ("fc", "out")
+    _, metadata = read_safetensors(path)
+    save_file({name: tensor for name, tensor in whole.items() if name.startswith("fc.")}, path, metadata)
+    with pytest.raises(CheckpointError, match="differ in 1, first 'out'"):
+        load_lora(path)
 
 
 def test_hash_is_of_the_bytes(tmp_path):

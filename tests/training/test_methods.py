@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from danceopd.baselines.merge import merged_loras
+from danceopd.exports import export
 from danceopd.fields.adapters import AdapterBackbone
 from danceopd.fields.teachers import load_lora
 from danceopd.recipe import METHODS, RecipeError
-from danceopd.runs import check, evaluate, export, train
+from danceopd.runs import check, evaluate, train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import checkpoints
 from danceopd.training.trainer import load_run
@@ -19,11 +20,19 @@ SETTINGS = {
     "danceopd": [],
     "soft_mixing": [],
     "off_policy": ["query.states=data"],
-    "joint": [PLAIN],
+    "joint": [PLAIN, "rollout={}"],
     "diffusion_opd": [PLAIN, "diffusion_opd.form=sde"],
     "flow_opd": [PLAIN, "flow_opd.group_size=2"],
-    "weight_merge": [PLAIN, "student={init: {t2i: 1.0, edit: 3.0}, init_mode: merged}", "train.steps=0"],
+    "weight_merge": [
+        PLAIN,
+        "rollout={}",
+        "routing={}",
+        "student={init: {t2i: 1.0, edit: 3.0}, init_mode: merged}",
+        "train={steps: 0, precision: fp32}",
+    ],
 }
+
+MERGE = ["method=weight_merge", *SETTINGS["weight_merge"]]
 
 
 def settings(method):
@@ -77,10 +86,19 @@ def test_a_weight_merge_is_the_average_of_its_sources(tiny, tmp_path):
     assert evaluate(folder)["trained_steps"] == 0
 
 
+def test_resuming_a_finished_merge_changes_nothing(tiny):
+    folder = train(tiny(*settings("weight_merge")))
+    before = {file: file.stat().st_mtime_ns for file in folder.checkpoints.rglob("*")}
+    train(tiny(*settings("weight_merge")), resume=True)
+    assert {file: file.stat().st_mtime_ns for file in folder.checkpoints.rglob("*")} == before
+
+
 def test_check_predicts_each_methods_cost(tiny):
     plans = {name: check(tiny(*settings(name))) for name in METHODS}
     assert (plans["joint"].rollout_calls, plans["joint"].field_calls, plans["joint"].train_calls) == (0, 0, 4)
     assert (plans["flow_opd"].field_calls, plans["flow_opd"].train_calls) == (16, 16)
+    group = check(tiny("method=flow_opd", PLAIN, "train.batch_size=16"))  # the default group_size, 16
+    assert (group.field_calls, group.train_calls) == (64, 64)
     assert plans["off_policy"].rollout_calls == 0 < plans["danceopd"].rollout_calls
     assert plans["soft_mixing"].field_calls == 2 * plans["danceopd"].field_calls
 
@@ -91,6 +109,15 @@ def test_check_predicts_each_methods_cost(tiny):
         (["method=danseopd"], r"did you mean 'danceopd'"),
         (["method=joint"], "query: method 'joint' makes no use of it"),
         (["method=joint", PLAIN, "flow_opd.eta=0.5"], "flow_opd: method 'joint' makes no use"),
+        (["method=joint", PLAIN], "rollout.num_inference_steps: it would do nothing here, found 4"),
+        (["method=joint", PLAIN, "rollout={shift: 3.0}"], "rollout.shift: it would do nothing here"),
+        (
+            [*MERGE, "train={steps: 0, learning_rate: 0.01}"],
+            "train.learning_rate: it would do nothing",
+        ),
+        ([*MERGE, "routing.stratified=true"], "routing.stratified: it would do nothing"),
+        (["method=diffusion_opd", PLAIN, "diffusion_opd.eta=0.5"], "diffusion_opd.eta: it would do nothing"),
+        (["method=flow_opd", PLAIN, "flow_opd={group_size: 2, ratio_clip: 0.1}"], "flow_opd.ratio_clip: it would do"),
         (["joint.sigma_mean=1.0"], "joint: method 'danceopd' makes no use"),
         (["method=off_policy"], "needs 'data' or 'teacher'"),
         (["method=soft_mixing", "query.states=data"], "needs 'student'"),

@@ -11,9 +11,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from danceopd.evaluation.shapes import ShapesScorer
+from danceopd.exports import export
+from danceopd.pictures import sample_images
 from danceopd.recipe import RecipeError, dump_recipe
-from danceopd.runs import train
+from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
@@ -112,6 +116,26 @@ def test_a_signal_between_checkpoint_and_sample_grid_is_saved_too(tiny):
     assert load_checkpoint_state(checkpoints(folder.checkpoints)[-1]).step == 3
 
 
+def test_updates_that_are_made_again_stand_once_in_tensorboard(tiny):
+    recipe = tiny()
+    folder = RunFolder(Path(recipe.output))
+    folder.write_recipe(recipe)
+    trainer = Trainer(assemble(recipe, device=torch.device("cpu")), folder)
+    update, trainer.update = trainer.update, lambda: update() if trainer.step < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()  # update 3 is logged, and the newest checkpoint is of update 2
+    train(recipe, resume=True)
+    events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_is_the_same_however_its_folder_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny("output=run"))
+    train(tiny("output=./run", "train.steps=8"), resume=True)
+    train(tiny(f"output={tmp_path / 'run'}", "train.steps=8"), resume=True)
+
+
 def test_damaged_checkpoints_are_refused_by_name(tiny):
     folder = train(tiny())
     path = checkpoints(folder.checkpoints)[-1]
@@ -160,6 +184,30 @@ def test_a_second_process_on_a_run_folder_is_refused(tiny, tmp_path):
         train(tiny())
 
 
+def test_a_run_folder_is_held_while_it_is_evaluated_and_read(tiny, tmp_path, monkeypatch):
+    folder = train(tiny("train.steps=1"))
+
+    def scored(*arguments, **options):
+        with pytest.raises(RunFolderBusy):
+            train(tiny("train.steps=2"), resume=True)
+        return {"seconds": {}}
+
+    monkeypatch.setattr(ShapesScorer, "evaluate", scored)
+    assert evaluate(folder)["trained_steps"] == 1
+    with folder.owned(), pytest.raises(RunFolderBusy):
+        export(folder, tmp_path / "out.safetensors")
+    with folder.owned(), pytest.raises(RunFolderBusy):
+        sample(folder, out=tmp_path)
+    with pytest.raises(RecipeError, match="not a run folder"):
+        sample(RunFolder(tmp_path / "mistyped"), out=tmp_path)
+    assert not (tmp_path / "mistyped").exists()
+
+
+def sample(folder, out):
+    options = {"field": "student", "guidance_scale": 1.0, "num_inference_steps": 1, "seed": 0}
+    return sample_images(folder, prompts=["a red circle"], image=None, out=out, **options)
+
+
 def test_a_finished_or_other_run_is_not_overwritten(tiny, tmp_path):
     train(tiny())
     with pytest.raises(RecipeError, match="already holds a run"):
@@ -168,6 +216,14 @@ def test_a_finished_or_other_run_is_not_overwritten(tiny, tmp_path):
         train(tiny("query.band=low_noise"), resume=True)
     longer = train(tiny("train.steps=8"), resume=True)
     assert [line["step"] for line in longer.metrics()] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_whose_learning_rate_falls_to_zero_is_not_made_longer(tiny, schedule):
+    train(tiny(f"train.lr_scheduler={schedule}"))
+    with pytest.raises(RecipeError, match=rf"begun with 6, found 8; its {schedule} lr_scheduler"):
+        train(tiny(f"train.lr_scheduler={schedule}", "train.steps=8"), resume=True)
+    train(tiny(f"train.lr_scheduler={schedule}", "evaluate.seed=3"), resume=True)
 
 
 def test_a_source_that_changed_is_refused_on_resume(tiny):

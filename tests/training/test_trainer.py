@@ -7,18 +7,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from danceopd import runs
-from danceopd.data.manifest import write_image_file
+from danceopd import exports
+from danceopd.cli import USER_ERRORS
+from danceopd.data.images import read_image_file, write_image_file
+from danceopd.data.rows import ManifestError
+from danceopd.evaluation.pictures import draw, side_by_side
+from danceopd.evaluation.shapes import score_model
+from danceopd.exports import export
+from danceopd.families.shapes import ShapesFamily
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import read_safetensors, save_lora
-from danceopd.recipe import RecipeError
-from danceopd.runs import check, evaluate, export, model_velocities, sample_images, train
+from danceopd.pictures import sample_images
+from danceopd.recipe import RecipeError, evaluate_part
+from danceopd.runs import check, evaluate, model_velocities, quickstart, train
 from danceopd.training import checkpoint as checkpoint_module
+from danceopd.training import trainer as trainer_module
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints
 from danceopd.training.ema import EMA
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import NonFiniteLoss, Trainer, learning_rate_factor, load_run
+from danceopd.training.trainer import NonFiniteLoss, SeveralProcesses, Trainer, learning_rate_factor, load_run
+from danceopd.world import generator
+from danceopd.world.generator import GeneratedExamples
+from danceopd.world.render import render
 
 CPU = torch.device("cpu")
 
@@ -62,6 +73,13 @@ def test_accumulation_averages_micro_batches_and_keeps_one_route_per_update(tiny
     assert any(float(gradient.abs().sum()) > 0 for gradient in got)
     for gradient, parameter in zip(got, again.student.parameters.values(), strict=True):
         assert torch.equal(gradient, parameter.grad)
+
+
+def test_several_processes_are_a_users_mistake(tiny, monkeypatch):
+    monkeypatch.setattr(trainer_module.Accelerator, "num_processes", 2)
+    with pytest.raises(SeveralProcesses, match="one process, found 2"):
+        train(tiny())
+    assert SeveralProcesses in USER_ERRORS
 
 
 def test_a_non_finite_loss_stops_names_the_route_and_saves_nothing_broken(tiny):
@@ -133,7 +151,8 @@ def test_a_student_exports_against_the_original_base_whatever_it_started_from(ti
 def test_a_student_starts_as_its_source(tiny):
     for mode in ("trainable", "merged"):
         assembly = assemble(tiny("student.init=edit", f"student.init_mode={mode}"), device=CPU)
-        condition = assembly.method.routes[1].samples(2, torch.Generator()).condition
+        (drawn,) = assembly.method.routes[1].samples(2, torch.Generator())
+        condition = drawn.condition
         z, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.8])
         with torch.no_grad():
             expected = assembly.fields["edit"].velocity(z, sigma, condition)
@@ -143,7 +162,7 @@ def test_a_student_starts_as_its_source(tiny):
 def test_an_export_that_does_not_reproduce_the_student_is_refused(tiny, tmp_path, monkeypatch):
     folder = train(tiny("train.steps=2"))
     wrong = lambda lora, path: save_lora(replace(lora, alpha=lora.alpha * 3), path)  # noqa: E731
-    monkeypatch.setattr(runs, "save_lora", wrong)
+    monkeypatch.setattr(exports, "save_lora", wrong)
     with pytest.raises(CheckpointFailure, match="does not reproduce the student"):
         export(folder, tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("*out.safetensors"))
@@ -151,7 +170,8 @@ def test_an_export_that_does_not_reproduce_the_student_is_refused(tiny, tmp_path
 
 def test_a_full_student_starts_from_a_merged_source(tiny):
     assembly = assemble(tiny("student.init=edit", "student.lora=null"), device=CPU)
-    condition = assembly.method.routes[1].samples(2, torch.Generator()).condition
+    (drawn,) = assembly.method.routes[1].samples(2, torch.Generator())
+    condition = drawn.condition
     z, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.8])
     with torch.no_grad():
         expected = assembly.fields["edit"].velocity(z, sigma, condition)
@@ -181,12 +201,34 @@ def test_manifests_train_like_generators(tiny, tmp_path):
     assert len(folder.metrics()) == 6
 
 
+def test_a_finished_run_is_used_without_its_training_data(tiny, tmp_path):
+    recipe = manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"})
+    folder = train(recipe)
+    (tmp_path / "m.jsonl").unlink()
+    report = evaluate(folder)
+    assert "data of t2i" in report["hashes"]
+    options = {"guidance_scale": 1.0, "num_inference_steps": 1, "seed": 0, "out": tmp_path}
+    assert sample_images(folder, prompts=["a circle"], image=None, field="edit", **options)[0].exists()
+    assert export(folder, tmp_path / "out.safetensors") < 1e-3
+    with pytest.raises(ManifestError, match="not found"):
+        train(recipe, resume=True)
+    state = checkpoints(folder.checkpoints)[-1] / "state.json"
+    state.write_text(state.read_text().replace(report["hashes"]["shapes:edit"], "0" * 64))
+    with pytest.raises(CheckpointFailure, match="so it cannot be evaluated: shapes:edit"):
+        evaluate(folder)
+    with pytest.raises(CheckpointFailure, match="so it cannot be exported"):
+        export(folder, tmp_path / "out.safetensors")
+
+
 def test_manifest_lines_that_the_family_cannot_take_are_named_before_training(tiny, tmp_path):
     with pytest.raises(RecipeError, match=r"line 2: .*did you mean 'circle'"):
         assemble(manifest_recipe(tiny, tmp_path, {"prompt": "a circle"}, {"prompt": "a circel"}), device=CPU)
     write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
     lines = [{"instruction": "remove the red circle", "source": "large.png"}]
-    with pytest.raises(RecipeError, match=r"line 1: .*\(3, 64, 64\), needed \(3, 32, 32\)"):
+    with pytest.raises(RecipeError, match=r"line 1: source image .*\(3, 64, 64\), needed \(3, 32, 32\)"):
+        assemble(manifest_recipe(tiny, tmp_path, *lines), device=CPU)
+    lines = [{"prompt": "a circle"}, {"prompt": "a circle", "target": "large.png"}]
+    with pytest.raises(RecipeError, match=r"line 2: family 'shapes' has images of 32 x 32, found 64 x 64"):
         assemble(manifest_recipe(tiny, tmp_path, *lines), device=CPU)
 
 
@@ -223,6 +265,21 @@ def test_evaluation_reproduces_itself_and_damaged_weights_score_lower(tiny):
     assert worse["models"]["base"] == first["models"]["base"]
 
 
+def test_the_quickstart_trains_scores_and_reports_and_counts_earlier_training_on_a_resumed_run(tiny):
+    recipe = tiny("train.steps=2")
+    folder, report = quickstart(recipe)
+    assert all((folder.path / name).exists() for name in ("report.html", "overview.png"))
+    assert json.loads(folder.evaluation_file.read_text()) == report
+    assert report["resumed"] is False
+    assert report["seconds"]["total"] >= report["seconds"]["training"] + report["seconds"]["evaluation"]
+    state = checkpoints(folder.checkpoints)[-1] / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"seconds": 1000.0}))
+    _, again = quickstart(recipe)
+    assert again["resumed"] is True
+    assert again["seconds"]["training"] == 1000.0
+    assert 1000.0 + again["seconds"]["evaluation"] < again["seconds"]["total"] < 1900.0
+
+
 def test_a_student_that_diverged_scores_zero_and_is_counted(tiny):
     folder = train(tiny("train.steps=2"))
     path = checkpoints(folder.checkpoints)[-1] / "ema.safetensors"
@@ -231,6 +288,13 @@ def test_a_student_that_diverged_scores_zero_and_is_counted(tiny):
     report = evaluate(folder)
     assert report["models"]["student"]["t2i"]["overall"] == 0.0
     assert report["non_finite_images"] == {"t2i/student": 12, "edit/student": 12}
+
+
+def test_infinite_latents_are_counted_although_decoding_cuts_them_to_an_image():
+    part = evaluate_part({"scenes_per_task": 2, "num_inference_steps": 1})
+    scored = score_model(lambda z, sigma, condition: torch.full_like(z, math.inf), ShapesFamily(), "t2i", part)
+    assert scored.non_finite == 12
+    assert float(scored.scores.sum()) == 0.0
 
 
 def test_targets_that_the_network_lacks_are_refused(tiny):
@@ -246,6 +310,13 @@ def test_a_manifest_that_changed_is_refused_on_resume(tiny, tmp_path):
         train(changed.model_copy(update={"train": changed.train.model_copy(update={"steps": 8})}), resume=True)
 
 
+def test_a_generator_that_changed_is_refused_on_resume(tiny, monkeypatch):
+    train(tiny())
+    monkeypatch.setattr(generator, "render", lambda scene: 0.5 * render(scene))
+    with pytest.raises(CheckpointFailure, match=r"data of edit: .*data of t2i"):
+        train(tiny("train.steps=8"), resume=True)
+
+
 def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
     folder = train(tiny("train.steps=2"))
     options = {"field": "student", "guidance_scale": 2.0, "num_inference_steps": 2, "seed": 0, "out": tmp_path / "out"}
@@ -256,6 +327,17 @@ def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
     write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
     with pytest.raises(RecipeError, match=r"\(3, 64, 64\), needed"):
         sample_images(folder, prompts=["remove the circle"], image=tmp_path / "large.png", **options)
+
+
+def test_sample_grids_are_drawn_by_the_averaged_student(tiny):
+    folder = train(tiny("train.steps=4", "train.sample_steps=2", "train.learning_rate=0.02"))
+    grids = sorted(folder.samples.glob("*.png"))
+    assert [path.name for path in grids] == ["step-000002.png", "step-000004.png"]
+    run, _ = load_run(folder, device=CPU)
+    sources = [GeneratedExamples(name, size=20_000, seed=0) for name in ("shapes/t2i", "shapes/edit")]
+    part, student = run.recipe.evaluate, run.student.model
+    rows = [[draw(student, run.family, [source[i]], part)[0] for i in range(4)] for source in sources]
+    torch.testing.assert_close(read_image_file(grids[-1]), side_by_side(rows), atol=1 / 127, rtol=0)
 
 
 def test_ema_warms_up_and_then_decays():

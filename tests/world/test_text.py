@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from danceopd.world.generator import GeneratedExamples, evaluation_set
+from danceopd.world import generator
+from danceopd.world.generator import _TRAINING, SOURCE_TRAINING, GeneratedExamples, evaluation_set
 from danceopd.world.tasks import EDIT_TASKS, T2I_TASKS, draw_edit, draw_text_to_image
 from danceopd.world.text import MAX_TOKENS, PHRASE, TextEncoder, UnknownWord, parse, phrase_targets, tokenize
 
@@ -37,16 +38,24 @@ def test_generated_examples_depend_on_seed_and_index_alone():
     assert [GeneratedExamples("shapes/edit", size=50, seed=2)[i].prompt for i in range(9)] != [
         a[i].prompt for i in range(9)
     ]
+    same = GeneratedExamples("shapes/edit", size=50, seed=1).digest()
+    assert a.digest() == same
+    others = [("shapes/local", 50, 1), ("shapes/edit", 51, 1), ("shapes/edit", 50, 2)]
+    assert same not in [GeneratedExamples(name, size=size, seed=seed).digest() for name, size, seed in others]
     with pytest.raises(ValueError, match="unknown generator"):
         GeneratedExamples("shapes/video", size=1, seed=0)
 
 
-def test_evaluation_scenes_are_fresh_and_fixed():
+def test_evaluation_scenes_are_fresh_and_fixed(monkeypatch):
     drawn = evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=0)
     assert [item.task for item in drawn[::3]] == list(T2I_TASKS + EDIT_TASKS)
     assert drawn == evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=0)
     assert drawn != evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=1)
     assert evaluation_set(["counting"], per_task=5, seed=0)[:3] == drawn[6:9]
+    for stream in (_TRAINING, SOURCE_TRAINING):  # what an evaluation would draw from a training stream
+        monkeypatch.setattr(generator, "_EVALUATION", stream)
+        met = evaluation_set(T2I_TASKS + EDIT_TASKS, per_task=3, seed=0)
+        assert sum(a == b for a, b in zip(met, drawn, strict=True)) <= 2
 
 
 def test_a_sentence_is_parsed_into_what_it_says_of_each_object():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from danceopd.distill.batch import draw_batches, routed_velocity
+from danceopd.distill.batch import routed_velocity
 from danceopd.distill.losses import UpdateLosses
-from danceopd.distill.routing import Route, Router, expected_field_calls
+from danceopd.distill.method import Method
+from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
 from danceopd.distill.sde import divergence_weights, sde_step
 from danceopd.distill.solver import euler_step, per_sample
@@ -19,7 +20,7 @@ from danceopd.states import ExpectedCalls, NetworkCalls, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionOPD:
+class DiffusionOPD(Method):
     """loss = sum over all N states of weight_j * mean over elements of (v_student - v_field)^2, mean over samples.
 
     form:
@@ -30,28 +31,33 @@ class DiffusionOPD:
 
     Every update holds all routes, each its exact share (teachers round-robin with one update per cycle, G = M). No
     gradient flows from one state to the next; the pass that trains a state is also the one that leaves it.
+
+    Raises:
+        ValueError: for another form or routing.
     """
 
-    routes: Sequence[Route]
-    grid: Grid
     form: Literal["ode", "sde"] = "ode"
     eta: float = 0.7
-    device: torch.device | str = "cpu"
+    stratified: bool = True
 
-    @property
-    def router(self) -> Router:
-        return Router(tuple(route.weight for route in self.routes), "sample", stratified=True)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in ("ode", "sde"):
+            raise ValueError(f"form is 'ode' or 'sde', found {self.form!r}")
+        if self.per != "sample" or not self.stratified:
+            raise ValueError("DiffusionOPD holds every route in every update: per 'sample', stratified")
 
     def expected_calls(self) -> ExpectedCalls:
-        """Network calls that one training sample costs."""
-        steps = self.grid.steps
-        return ExpectedCalls(rollout=0.0, field=steps * expected_field_calls(self.routes), train=steps)
+        def calls(route: Route, grid: Grid) -> ExpectedCalls:
+            return ExpectedCalls(rollout=0.0, field=grid.steps * route.field.calls_per_velocity, train=grid.steps)
 
-    def step_weights(self) -> Tensor:
+        return self.over_routes(calls)
+
+    def step_weights(self, grid: Grid) -> Tensor:
         """weight_j: float64 [N]."""
         if self.form == "ode":
-            return self.grid.sigmas.double().diff() ** 2 / 2
-        return divergence_weights(self.grid, self.eta)
+            return grid.sigmas.double().diff() ** 2 / 2
+        return divergence_weights(grid, self.eta)
 
     def step(
         self,
@@ -64,18 +70,18 @@ class DiffusionOPD:
     ) -> StepResult:
         """Loss of one update; arguments as in ``DanceOPD.step``."""
         chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        steps = self.grid.steps
-        losses = UpdateLosses(self.routes, batch_size * steps, backward)
-        weights, sigmas = (self.step_weights() * steps).tolist(), self.grid.sigmas.to(self.device)
+        losses = UpdateLosses(self.routes, batch_size, backward)
         calls = NetworkCalls()
-        for batch in draw_batches(self.routes, chosen, generator, self.device):
+        for batch in self.batches(chosen, generator):
+            steps, sigmas = batch.grid.steps, batch.grid.sigmas.to(self.device)
+            weights = (self.step_weights(batch.grid) * steps).tolist()
             z = torch.randn(len(batch.route), *batch.shape, generator=generator).to(self.device)
             for j in range(steps):
                 here, there = sigmas[j].expand(len(z)), sigmas[j + 1].expand(len(z))
                 target, field_calls = routed_velocity(self.routes, batch, z, here)
                 velocity = student(z, here, batch.condition)
                 squared = ((velocity.float() - target) ** 2).flatten(1).mean(1)
-                losses.add(batch.route, weights[j] * squared, here)
+                losses.add(batch.route, weights[j] * squared, here, share=1 / steps)
                 calls += NetworkCalls(field=field_calls, train=len(z))
                 z = self._advance(z, velocity.detach(), here, there, generator)
         return losses.result(calls)

@@ -12,25 +12,26 @@ cost does not depend on z', so that product has expectation zero and teaches not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from danceopd.distill.batch import RoutedBatch, draw_batches, routed_velocity
+from danceopd.distill.batch import RoutedBatch, routed_velocity
 from danceopd.distill.losses import UpdateLosses
-from danceopd.distill.routing import Route, Router, expected_field_calls, router_for
+from danceopd.distill.method import Method
+from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
-from danceopd.distill.sde import sde_step
+from danceopd.distill.sde import SDEStep, sde_step
 from danceopd.distill.solver import per_sample
 from danceopd.fields.field import VelocityField
 from danceopd.states import ExpectedCalls, NetworkCalls, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowOPD:
+class FlowOPD(Method):
     """Policy-gradient distillation along an SDE rollout.
 
     gradient: see the module. eta: the sampler's noise.
@@ -43,11 +44,9 @@ class FlowOPD:
     The update's loss is the sum over the N steps, mean over samples; log-probabilities are means over elements.
 
     Raises:
-        ValueError: if the group or the anchor's weight does not fit.
+        ValueError: for another gradient, or if the group or the anchor's weight does not fit.
     """
 
-    routes: Sequence[Route]
-    grid: Grid
     gradient: Literal["pathwise", "score", "total"] = "pathwise"
     eta: float = 0.7
     group_size: int = 16
@@ -56,11 +55,11 @@ class FlowOPD:
     ratio_clip: float = 1e-4
     anchor: VelocityField | None = None
     anchor_weight: float = 0.0
-    per: Literal["sample", "step"] = "sample"
-    stratified: bool = False
-    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient not in ("pathwise", "score", "total"):
+            raise ValueError(f"gradient is 'pathwise', 'score' or 'total', found {self.gradient!r}")
         if self.group_size < 1 or (self.gradient == "score" and self.group_size < 2):
             raise ValueError(f"gradient {self.gradient!r} does not work with groups of {self.group_size}")
         if self.anchor_weight < 0 or (self.anchor is None) != (self.anchor_weight == 0):
@@ -69,17 +68,17 @@ class FlowOPD:
                 f"and {'no field' if self.anchor is None else 'a field'}"
             )
 
-    @property
-    def router(self) -> Router:
-        return router_for(self.routes, self.per, self.stratified)
-
     def expected_calls(self) -> ExpectedCalls:
-        """Network calls that one training sample costs."""
-        steps = self.grid.steps
-        field = expected_field_calls(self.routes) * (2 if self.gradient == "total" else 1)
+        twice = self.gradient == "total"
         anchor = 0 if self.anchor is None else self.anchor.calls_per_velocity
-        rollout = steps if self.gradient == "total" else 0
-        return ExpectedCalls(rollout=rollout, field=steps * (field + anchor), train=steps)
+
+        def calls(route: Route, grid: Grid) -> ExpectedCalls:
+            field = route.field.calls_per_velocity * (2 if twice else 1)
+            return ExpectedCalls(
+                rollout=grid.steps if twice else 0, field=grid.steps * (field + anchor), train=grid.steps
+            )
+
+        return self.over_routes(calls)
 
     def step(
         self,
@@ -98,11 +97,10 @@ class FlowOPD:
         if batch_size % self.group_size:
             raise ValueError(f"batch_size {batch_size} is not a multiple of group_size {self.group_size}")
         chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        steps = self.grid.steps
-        losses = UpdateLosses(self.routes, batch_size * steps, backward)
+        losses = UpdateLosses(self.routes, batch_size, backward)
         calls = NetworkCalls()
-        for group in draw_batches(self.routes, chosen[:: self.group_size], generator, self.device):
-            batch = group.repeated(self.group_size)
+        for group in self.batches(chosen[:: self.group_size], generator):
+            batch, steps = group.repeated(self.group_size), group.grid.steps
             shape = (steps + 1, len(batch.route), *batch.shape)
             noises = torch.randn(shape, generator=generator).to(self.device)
             to_go = None
@@ -112,7 +110,7 @@ class FlowOPD:
             z = noises[0]
             for j in range(steps):
                 loss, z, more = self._transition(student, batch, z, j, noises[j + 1], to_go)
-                losses.add(batch.route, steps * loss, self.grid.sigmas[j].expand(len(z)))
+                losses.add(batch.route, steps * loss, batch.grid.sigmas[j].expand(len(z)), share=1 / steps)
                 calls += more
         return losses.result(calls)
 
@@ -120,11 +118,7 @@ class FlowOPD:
         self, student: nn.Module, batch: RoutedBatch, z: Tensor, j: int, noise: Tensor, to_go: Tensor | None
     ) -> tuple[Tensor, Tensor, NetworkCalls]:
         """Step j: its loss [B], the next state, and the calls it took."""
-        here, there = (sigma.expand(len(z)) for sigma in self.grid.sigmas.to(z.device)[j : j + 2])
-        move = sde_step(here, there, self.eta)
-        target, field_calls = routed_velocity(self.routes, batch, z, here)
-        mean = move.mean(z, student(z, here, batch.condition))
-        aim = move.mean(z, target)
+        move, mean, aim, field_calls = self._policies(student, batch, z, j)
         arrived = mean.detach() + per_sample(move.std, z) * noise
         if self.gradient == "score":
             reward = move.log_probability(arrived, aim) - move.log_probability(arrived, mean.detach())
@@ -134,30 +128,42 @@ class FlowOPD:
                 logp, logp.detach(), advantage.clamp(-self.advantage_clip, self.advantage_clip), self.ratio_clip
             )
         else:
-            loss = (here - there) * move.divergence(mean, aim)
+            loss = _step_size(batch.grid, j) * move.divergence(mean, aim)
         if to_go is not None:
             # The score is of the whole state: the mean over elements times their number.
             loss = loss + to_go[j] * z[0].numel() * move.log_probability(arrived, mean)
         if self.anchor is not None:
-            anchored = move.mean(z, self.anchor.velocity(z, here, batch.condition))
+            sigma = batch.grid.sigmas[j].to(z.device).expand(len(z))
+            anchored = move.mean(z, self.anchor.velocity(z, sigma, batch.condition))
             loss = loss + self.anchor_weight * move.divergence(mean, anchored)
             field_calls += len(z) * self.anchor.calls_per_velocity
         return loss, arrived, NetworkCalls(field=field_calls, train=len(z))
+
+    def _policies(
+        self, student: nn.Module, batch: RoutedBatch, z: Tensor, j: int
+    ) -> tuple[SDEStep, Tensor, Tensor, int]:
+        """Step j from z: its coefficients, the student's mean, the routed field's, and the field's calls."""
+        here, there = (sigma.expand(len(z)) for sigma in batch.grid.sigmas.to(z.device)[j : j + 2])
+        move = sde_step(here, there, self.eta)
+        target, field_calls = routed_velocity(self.routes, batch, z, here)
+        return move, move.mean(z, student(z, here, batch.condition)), move.mean(z, target), field_calls
 
     @torch.no_grad()
     def _costs_to_go(self, student: nn.Module, batch: RoutedBatch, noises: Tensor) -> tuple[Tensor, NetworkCalls]:
         """Summed cost of the steps after each, on the trajectories of ``noises``: [N, B]."""
         z, costs, calls = noises[0], [], NetworkCalls()
-        for j in range(self.grid.steps):
-            here, there = (sigma.expand(len(z)) for sigma in self.grid.sigmas.to(z.device)[j : j + 2])
-            move = sde_step(here, there, self.eta)
-            target, field_calls = routed_velocity(self.routes, batch, z, here)
-            mean = move.mean(z, student(z, here, batch.condition))
-            costs.append((here - there) * move.divergence(mean, move.mean(z, target)))
+        for j in range(batch.grid.steps):
+            move, mean, aim, field_calls = self._policies(student, batch, z, j)
+            costs.append(_step_size(batch.grid, j) * move.divergence(mean, aim))
             z = mean + per_sample(move.std, z) * noises[j + 1]
             calls += NetworkCalls(rollout=len(z), field=field_calls)
         stacked = torch.stack(costs)
         return stacked.flip(0).cumsum(0).flip(0) - stacked, calls
+
+
+def _step_size(grid: Grid, j: int) -> float:
+    """|dt| of step j."""
+    return float(grid.sigmas[j] - grid.sigmas[j + 1])
 
 
 def group_advantage(reward: Tensor, group_size: int, normalize: bool) -> Tensor:

@@ -1,17 +1,22 @@
-"""``danceopd compare``: a suite from its file to its pages."""
+"""``danceopd compare``, ``search`` and ``pages``: a suite from its file to its pages."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError, run_suite
-from danceopd.comparison.suite import load_suite
-from danceopd.comparison.summary import summarise
+from danceopd.comparison.search import search as run_search
+from danceopd.comparison.suite import load_suite, search_path
+from danceopd.comparison.summary import KIND, summarise
 from danceopd.files import write_text
+
+console = Console()
 
 
 def compare(
@@ -26,22 +31,65 @@ def compare(
 
     Raises:
         SuiteError, ComparisonError: see ``load_suite`` and ``run_suite``; also if the folder holds a comparison and
-            ``resume`` is off.
+            ``resume`` is off, the suite's search was not made yet, or ``seeds`` reach one that it used.
     """
     suite = load_suite(path)
-    folder = out or Path("runs/compare") / suite.name
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ComparisonError(f"{folder} already holds a comparison; go on with --resume, or choose another --out")
-    console = Console()
-    results = run_suite(suite, folder, seeds=seeds, only=only, report=lambda line: console.print(line, highlight=False))
+    if suite.search is not None and suite.searched is None:
+        raise ComparisonError(
+            f"{path} declares a search and {search_path(path)} is not there; first: danceopd search {path}"
+        )
+    if seeds is not None:
+        suite = replace(suite, seeds=tuple(range(seeds)))
+    spent = sorted(set(suite.seeds) & set(suite.search.seeds if suite.search is not None else ()))
+    if spent:
+        raise ComparisonError(f"seed {spent[0]} chose the settings of suite {suite.name!r} and cannot be reported")
+    folder = _folder(out or Path("runs/compare") / suite.name, resume)
+    results = run_suite(suite, folder, only=only, report=_say)
     summary = summarise(suite, results)
     write_text(folder / "comparison.json", json.dumps(summary, indent=1) + "\n")
-    write_pages(folder)
+    write_text(folder / "comparison.md", markdown(summary))
+    write_text(folder / "comparison.html", html(summary))
     return folder
 
 
-def write_pages(folder: Path) -> None:
-    """Write the two pages from ``comparison.json``."""
-    summary = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    write_text(folder / "comparison.md", markdown(summary))
-    write_text(folder / "comparison.html", html(summary))
+def search(path: Path, *, out: Path | None = None, resume: bool = False) -> Path:
+    """Search each method's settings as the suite declares; returns the file written beside it."""
+    return run_search(path, _folder(out or Path("runs/search") / path.stem, resume), report=_say)
+
+
+def write_pages(json_file: Path, folder: Path) -> Path:
+    """Write a comparison's JSON and its page into ``folder``, as ``NAME.json`` and ``NAME.md``; returns the page.
+
+    Raises:
+        ComparisonError: if the file is not a comparison's JSON.
+    """
+    summary = read_comparison(json_file)
+    if summary is None:
+        raise ComparisonError(f"{json_file} is not the JSON of a comparison")
+    page = folder / f"{summary['suite']}.md"
+    write_text(folder / f"{summary['suite']}.json", json.dumps(summary, indent=1) + "\n")
+    write_text(page, markdown(summary))
+    return page
+
+
+def read_comparison(json_file: Path) -> dict[str, Any] | None:
+    """The content of a comparison's JSON; None where the file is another's.
+
+    Raises:
+        ComparisonError: if it cannot be read.
+    """
+    try:
+        content = json.loads(json_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ComparisonError(f"{json_file} cannot be read: {error}") from error
+    return content if isinstance(content, dict) and content.get("kind") == KIND else None
+
+
+def _folder(folder: Path, resume: bool) -> Path:
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ComparisonError(f"{folder} already holds a comparison; go on with --resume, or choose another --out")
+    return folder
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False)

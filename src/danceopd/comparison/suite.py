@@ -5,51 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from danceopd.recipe import Recipe, RecipeError, override, parse_recipe, read_yaml
-
-VIEWS = ("updates", "compute")
-"""Where methods are compared: at equal optimiser updates, and at equal network forward-equivalents."""
+from danceopd.comparison.search_file import SearchFile, SearchMismatch, read_search
+from danceopd.comparison.suite_file import ClaimPart, MeasuresPart, PaperPart, SearchPart, SuiteFile
+from danceopd.recipe import IDLE, Recipe, RecipeError, override, parse_recipe, read_yaml, with_absolute_files
+from danceopd.recipe.wording import explain
 
 
 class SuiteError(ValueError):
     """A suite cannot be run; the message names the file, what was found and what is needed."""
 
 
-class SuiteFile(BaseModel):
-    """The content of a suite's YAML file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    version: int = Field(ge=1, le=1, description="Version of this format.")
-    title: str = Field(description="A line for the report.")
-    recipe: dict[str, Any] = Field(description="The recipe that all methods share; output is the suite's own.")
-    updates: int = Field(ge=1, description="Optimiser updates at which methods are compared.")
-    compute: float = Field(gt=0, description="Network forward-equivalents at which they are compared, per run.")
-    seeds: int = Field(ge=1, description="Training seeds 0..n-1.")
-    reference: str = Field(description="The method that all others are compared with.")
-    methods: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="Each method's changes to the shared recipe: {dotted key: value}."
-    )
-
-
 @dataclass(frozen=True)
 class Suite:
-    """A suite, validated. recipes: by method; updates_at: by method, the updates at each of ``VIEWS``."""
+    """A suite, validated. recipes: by method, with what the search chose; searched: where that came from."""
 
     name: str
     title: str
-    seeds: int
+    seeds: tuple[int, ...]
     reference: str
     recipes: dict[str, Recipe]
     updates: int
-    compute: float
+    compute: float | None
+    points: tuple[int, ...]
+    capabilities: tuple[str, ...]
+    measures: MeasuresPart
+    claims: tuple[ClaimPart, ...]
+    paper: PaperPart | None
+    search: SearchPart | None
+    searched: SearchFile | None
 
     def fingerprint(self, method: str) -> str:
         """Ten hexadecimal digits of everything in the method's recipe that its weights depend on."""
@@ -58,7 +49,7 @@ class Suite:
             del content[key]
         for key in ("steps", "seed"):
             del content["train"][key]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+        return digest(content)
 
     def run_recipe(self, method: str, *, seed: int, updates: int, root: Path) -> Recipe:
         """The recipe of one run, trained as far as ``updates``."""
@@ -68,35 +59,91 @@ class Suite:
         return recipe.model_copy(update={"train": train, "output": str(output)})
 
 
-def load_suite(path: Path) -> Suite:
-    """Read and validate a suite file.
+def digest(content: Any) -> str:
+    """Ten hexadecimal digits of JSON content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def search_path(path: Path) -> Path:
+    """Where a suite's search stands: ``NAME.search.json`` beside ``NAME.yaml``."""
+    return path.with_suffix(".search.json")
+
+
+def read_suite_file(path: Path) -> SuiteFile:
+    """A suite file's content.
 
     Raises:
-        SuiteError: for a missing or broken file, unknown keys or methods, recipes that do not share sources, data or
-            evaluation, or a learning rate that depends on the run's length.
+        SuiteError: for a missing or broken file, or unknown keys or values that do not fit.
     """
     if not path.is_file():
         raise SuiteError(f"suite not found: {path}")
     try:
-        content = SuiteFile.model_validate(read_yaml(path.read_text(encoding="utf-8")))
+        return SuiteFile.model_validate(read_yaml(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
-        listed = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise SuiteError(f"{path}: {listed}") from error
-    if content.reference not in content.methods:
-        raise SuiteError(f"{path}: reference {content.reference!r} is none of {', '.join(content.methods)}")
-    recipes = {name: _recipe(path, content, name) for name in content.methods}
-    _require_shared(path, recipes)
+        raise SuiteError(f"{path}: " + "; ".join(explain(item, SuiteFile) for item in error.errors())) from error
+
+
+def load_suite(path: Path, *, with_search: bool = True) -> Suite:
+    """Read and validate a suite file, and apply what its search chose where one was made.
+
+    with_search: False leaves the search's choices out, to search again.
+
+    Raises:
+        SuiteError: for a file that cannot be used (``read_suite_file``), methods that no recipe knows, recipes that do
+            not share sources, data or evaluation, a learning rate that depends on the run's length, figures or a
+            teacher that belong to no source, or a search file of another suite.
+    """
+    content = read_suite_file(path)
+    searched = None
+    if with_search and content.search is not None and search_path(path).exists():
+        try:
+            searched = read_search(search_path(path), fits=search_fingerprint(content), methods=content.methods.keys())
+        except SearchMismatch as error:
+            raise SuiteError(str(error)) from error
+    chosen = {} if searched is None else {name: method.chosen for name, method in searched.methods.items()}
+    recipes = {name: method_recipe(path, content, name, chosen.get(name, {})) for name in content.methods}
+    require_shared(path, recipes)
+    _require_sources(path, content, recipes[content.reference])
+    scenes_seed = recipes[content.reference].evaluate.seed
+    if content.search is not None and content.search.scenes_seed == scenes_seed:
+        raise SuiteError(f"{path}: search.scenes_seed {scenes_seed} is the evaluation's own; choose another")
     return Suite(
         name=path.stem,
         title=content.title,
-        seeds=content.seeds,
+        seeds=tuple(range(content.seeds)),
         reference=content.reference,
         recipes=recipes,
         updates=content.updates,
         compute=content.compute,
+        points=content.points,
+        capabilities=content.capabilities,
+        measures=content.measures,
+        claims=content.claims,
+        paper=content.paper,
+        search=content.search,
+        searched=searched,
     )
+
+
+def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
+    """Whatever a suite says of its sources must be about one that is scored."""
+    sources = ["base", *(name for name, part in recipe.fields.items() if not part.is_base)]
+    teacher = None if content.measures.realism is None else content.measures.realism.teacher
+    if teacher is not None and teacher not in sources[1:]:
+        raise SuiteError(f"{path}: measures.realism.teacher {teacher!r} is none of {', '.join(sources[1:])}")
+    for name in {} if content.paper is None else content.paper.figures:
+        if name not in [*content.methods, *sources]:
+            raise SuiteError(
+                f"{path}: paper.figures: {name!r} is none of {', '.join([*content.methods, *sources])}; "
+                "a field that is the base itself stands in the tables as 'base'"
+            )
+
+
+def search_fingerprint(content: SuiteFile) -> str:
+    """Ten hexadecimal digits of everything in a suite file that its search depends on."""
+    return digest(content.model_dump(mode="json", include={"recipe", "methods", "search"}))
 
 
 def updates_within(compute: float, calls_per_update: float, method: str) -> int:
@@ -116,13 +163,24 @@ def updates_within(compute: float, calls_per_update: float, method: str) -> int:
     return updates
 
 
-def _recipe(path: Path, content: SuiteFile, method: str) -> Recipe:
+def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[str, Any]) -> Recipe:
+    """The recipe of a method, under {dotted key: value} that a search tries or chose.
+
+    Raises:
+        SuiteError: if the outcome is no recipe, or its learning rate depends on the run's length.
+    """
     where = f"{path}, method {method!r}"
-    merged = json.loads(json.dumps(content.recipe)) | {"output": "unused"}
-    for key, value in content.methods[method].items():
-        override(merged, key, value)
+    merged: dict[str, Any] = deepcopy(content.recipe) | {"output": "unused"}
+    for part, idle in IDLE.get(str(content.methods[method].get("method", merged.get("method"))), {}).items():
+        if isinstance(merged.get(part), dict):
+            merged[part] = {key: value for key, value in merged[part].items() if key not in idle}
     try:
-        recipe = parse_recipe(merged, where=where)
+        for key, value in deepcopy(content.methods[method] | settings).items():  # a later key may lead into it
+            override(merged, key, value)
+    except RecipeError as error:
+        raise SuiteError(f"{where}: {error}") from error
+    try:
+        recipe = with_absolute_files(parse_recipe(merged, where=where), path.parent)
     except RecipeError as error:
         raise SuiteError(str(error)) from error
     if recipe.train.lr_scheduler != "constant":
@@ -133,16 +191,23 @@ def _recipe(path: Path, content: SuiteFile, method: str) -> Recipe:
     return recipe
 
 
-def _require_shared(path: Path, recipes: dict[str, Recipe]) -> None:
+def require_shared(path: Path, recipes: dict[str, Recipe]) -> None:
+    """Refuse recipes that compare unlike things.
+
+    Raises:
+        SuiteError: naming the first two methods that differ, and in what.
+    """
     (first, one), *others = recipes.items()
     for name, recipe in others:
         for part in ("family", "base", "evaluate"):
             if getattr(recipe, part) != getattr(one, part):
                 raise SuiteError(f"{path}: methods {first!r} and {name!r} do not share {part!r}")
-        shared = {field for field in recipe.fields if field in one.fields}
-        if any(recipe.fields[field] != one.fields[field] for field in shared):
+        if recipe.fields != one.fields:
             raise SuiteError(f"{path}: methods {first!r} and {name!r} do not share their sources")
         if [route.data for route in recipe.routes] != [route.data for route in one.routes]:
             raise SuiteError(f"{path}: methods {first!r} and {name!r} do not share their training data")
-        if recipe.train.batch_size != one.train.batch_size:
-            raise SuiteError(f"{path}: methods {first!r} and {name!r} do not share train.batch_size")
+        if recipe.train.precision != one.train.precision:
+            raise SuiteError(f"{path}: methods {first!r} and {name!r} do not share train.precision")
+    trained = {name: recipe.train.batch_size for name, recipe in recipes.items() if recipe.train.steps}
+    if len(set(trained.values())) > 1:
+        raise SuiteError(f"{path}: methods do not share train.batch_size, found {trained}")

@@ -14,11 +14,26 @@ class Example:
     """A prompt, and for an edit its source image. Images are float32 [3, H, W] in [-1, 1].
 
     target: the image wanted, where it is known; only ``states: data`` needs it.
+    size: (height, width) of the image wanted, where there is no target; the source's by default, or else the family's.
     """
 
     prompt: str
     source: Tensor | None = None
     target: Tensor | None = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def wanted_size(self) -> tuple[int, int] | None:
+        """(height, width) of the image to be made; None is the family's own."""
+        image = self.source if self.target is None else self.target
+        if self.target is None and self.size is not None:
+            return self.size
+        return None if image is None else (image.shape[-2], image.shape[-1])
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Examples of equal signature can be encoded as one batch."""
+        return self.wanted_size, self.target is None, None if self.source is None else tuple(self.source.shape)
 
 
 class ExampleSource(Protocol):
@@ -27,6 +42,10 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+    def digest(self) -> str:
+        """A hash that changes with the examples."""
+        ...
 
 
 class Bucket:

@@ -12,7 +12,7 @@ from danceopd.states import NetworkCalls, RouteResult, StepResult
 
 
 class UpdateLosses:
-    """Collects [B] losses; the update's loss is their sum over ``count``, the number that will come in all.
+    """Collects [B] losses; the update's loss is the sum of their shares over ``count``, the number of samples in all.
 
     backward: called on each part of that loss as soon as it stands, so that no two graphs live at once; the losses kept
         are then detached. None keeps the graph.
@@ -20,24 +20,28 @@ class UpdateLosses:
 
     def __init__(self, routes: Sequence[Route], count: int, backward: Callable[[Tensor], None] | None) -> None:
         self._routes, self._count, self._backward = routes, count, backward
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, route: Tensor, losses: Tensor, sigma: Tensor) -> None:
-        """route: int64 [B], of each sample; losses [B]; sigma [B], of the states compared."""
+    def add(self, route: Tensor, losses: Tensor, sigma: Tensor, *, share: float = 1.0) -> None:
+        """route: int64 [B], of each sample; losses [B]; sigma [B], of the states compared.
+
+        share: of a sample's whole loss that this one is; 1 / K for one of K states.
+        """
         if self._backward is not None:
-            self._backward(losses.sum() / self._count)
+            self._backward(losses.sum() * share / self._count)
             losses = losses.detach()
-        self._parts.append((route, losses, sigma))
+        self._parts.append((route, losses, sigma, torch.full((len(route),), share, dtype=torch.float64)))
 
     def result(self, calls: NetworkCalls) -> StepResult:
-        """The update's loss (mean over all losses) and each route's own."""
-        route, losses, sigma = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        """The update's loss (mean over samples) and each route's own."""
+        route, losses, sigma, share = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        weighted = losses * share.to(losses)
         results = {}
         for index in route.unique().tolist():
             rows = (route == index).nonzero().squeeze(1)
             results[self._routes[index].name] = RouteResult(
-                loss=losses[rows.to(losses.device)].mean(),
-                samples=len(rows),
+                loss=weighted[rows.to(losses.device)].sum() / float(share[rows].sum()),
+                samples=round(float(share[rows].sum())),
                 mean_sigma=float(sigma[rows.to(sigma.device)].mean()),
             )
-        return StepResult(loss=losses.mean(), routes=results, calls=calls)
+        return StepResult(loss=weighted.sum() / self._count, routes=results, calls=calls)

@@ -21,7 +21,10 @@ _CDF_POINTS = 20_000
 
 
 class QueryBand(Protocol):
-    """A distribution over a rollout's states. ``per_rollout`` is K."""
+    """A distribution over a rollout's states. ``per_rollout`` is K; ``over`` is what it is laid over."""
+
+    @property
+    def over(self) -> Literal["step", "sigma"]: ...
 
     @property
     def per_rollout(self) -> int: ...

@@ -12,7 +12,7 @@ from danceopd.distill.batch import RoutedBatch
 from danceopd.distill.rollout import Rollout, rollout
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
-from danceopd.distill.solver import per_sample
+from danceopd.distill.solver import noised
 from danceopd.states import Query, select
 
 StateSource = Literal["student", "teacher", "data"]
@@ -42,7 +42,7 @@ def teacher_states(routes: Sequence[Route], batch: RoutedBatch, noise: Tensor, g
     for index in batch.route.unique().tolist():
         rows = (batch.route == index).nonzero().squeeze(1)
         teacher, there = routes[index].field, rows.to(noise.device)
-        rolled = rollout(teacher.velocity, noise[there], select(batch.condition, there), grid, query[rows])
+        rolled = rollout(teacher.velocity, noise[there], select(batch.taught, there), grid, query[rows])
         states[there] = rolled.states
         calls += rolled.calls * teacher.calls_per_velocity
     return Rollout(states, calls)
@@ -52,13 +52,8 @@ def data_states(routes: Sequence[Route], batch: RoutedBatch, noise: Tensor, quer
     """Real targets noised to the queried sigma: (1 - sigma) x + sigma eps (off-policy).
 
     Raises:
-        ValueError: if a route's data has no targets; noising anything else is not this baseline.
+        ValueError: if a route's data has no targets.
     """
-    if batch.target is None:
-        names = ", ".join(routes[index].name for index in batch.route.unique().tolist())
-        raise ValueError(f"states 'data' needs target images, and the data of route {names} has none")
-    queried = [
-        (1 - per_sample(sigma, noise)) * batch.target + per_sample(sigma, noise) * noise
-        for sigma in query.sigma.to(noise.device).unbind(1)
-    ]
+    clean = batch.required_target(routes)
+    queried = [noised(clean, noise, sigma) for sigma in query.sigma.to(noise.device).unbind(1)]
     return Rollout(torch.stack(queried, dim=1), calls=0)

@@ -9,12 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from danceopd.distill.query import QueryBand
+from danceopd.distill.schedule import Grid, GridFor, grid_of
+from danceopd.distill.selection import systematic
 from danceopd.fields.field import VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.states import Samples
 
-DrawSamples = Callable[[int, torch.Generator], Samples]
-"""``draw(count, generator)``: count training inputs of one shape signature. It may keep its own order and state."""
+DrawSamples = Callable[[int, torch.Generator], Samples | Sequence[Samples]]
+"""``draw(count, generator)``: count training inputs, as one batch, or as one for each of their shape signatures. It may
+keep its own order and state."""
 
 GUIDED_PROMPT_DROPOUT = 0.1
 
@@ -28,7 +32,10 @@ class Route:
     prompt_dropout: share of samples whose condition is replaced by the empty one, which teaches the student
         v_empty; default 0.1 on a guided field and 0 elsewhere. Without it a student that absorbed guidance alpha does
         not stay alpha-proportional under external guidance.
-    empty: maps a condition to its empty one; default the guided field's own.
+    empty: maps the student's condition to its empty one; default the guided field's own.
+    field_empty: the same for samples' ``field_condition``; default the guided field's own, else ``empty``.
+    grid, query: in the place of the method's, for this route's samples.
+    shape: of one of this route's latents; what its cost is predicted with where the grid depends on the shape.
 
     Raises:
         ValueError: if the weight is not positive, the share not in [0, 1], or dropout is asked for without ``empty``.
@@ -40,9 +47,15 @@ class Route:
     weight: float = 1.0
     prompt_dropout: float | None = None
     empty: Callable | None = None
+    field_empty: Callable | None = None
+    grid: Grid | GridFor | None = None
+    query: QueryBand | None = None
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         guided = self.field if isinstance(self.field, GuidedField) else None
+        if self.field_empty is None and guided is not None:
+            object.__setattr__(self, "field_empty", guided.empty)
         if self.empty is None and guided is not None:
             object.__setattr__(self, "empty", guided.empty)
         if self.prompt_dropout is None:
@@ -57,6 +70,20 @@ class Route:
     @property
     def dropout(self) -> float:
         return self.prompt_dropout or 0.0
+
+    def typical_grid(self, default: Grid | GridFor) -> Grid:
+        """The grid of a latent of ``shape``.
+
+        Raises:
+            ValueError: if the grid depends on a shape that the route does not tell.
+        """
+        grid = self.grid or default
+        if not isinstance(grid, Grid) and self.shape is None:
+            raise ValueError(
+                f"the grid of route {self.name!r} depends on its latents' shape: its cost can be predicted with "
+                "Route(shape=...)"
+            )
+        return grid_of(grid, self.shape or ())
 
 
 @dataclass(frozen=True)
@@ -92,9 +119,7 @@ class Router:
             return torch.multinomial(self.shares, 1, generator=generator).expand(count)
         if not self.stratified:
             return torch.multinomial(self.shares, count, replacement=True, generator=generator)
-        # Systematic sampling: one uniform offset, equally spaced points over the cumulated shares.
-        points = (torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)) / count
-        routes = torch.searchsorted(self.shares.cumsum(0), points).clamp_max(len(self.weights) - 1)
+        routes = systematic(self.shares, count, generator)
         return routes[torch.randperm(count, generator=generator)]
 
 
@@ -108,9 +133,3 @@ def router_for(routes: Sequence[Route], per: Literal["sample", "step"], stratifi
     if len(set(names)) != len(names):
         raise ValueError(f"routes need different names, found {', '.join(names)}")
     return Router(tuple(route.weight for route in routes), per, stratified)
-
-
-def expected_field_calls(routes: Sequence[Route]) -> float:
-    """Network evaluations that one query of the routed fields costs, averaged over the routes' shares."""
-    shares = router_for(routes, "sample").shares.tolist()
-    return sum(share * route.field.calls_per_velocity for share, route in zip(shares, routes, strict=True))

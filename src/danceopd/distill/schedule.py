@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,15 @@ class Grid:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+
+GridFor = Callable[[tuple[int, ...]], Grid]
+"""``grid_for(shape)``: the grid of latents of a shape, where a family's shift depends on their size."""
+
+
+def grid_of(grid: Grid | GridFor, shape: tuple[int, ...]) -> Grid:
+    """The grid that latents of ``shape`` (without the batch axis) step along."""
+    return grid if isinstance(grid, Grid) else grid(shape)
 
 
 def shifted_grid(*, steps: int, shift: float = 1.0) -> Grid:

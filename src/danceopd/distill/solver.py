@@ -19,6 +19,12 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """z_sigma = (1 - sigma) x + sigma eps. clean, noise [B, ...]; sigma [B]."""
+    s = per_sample(sigma, clean)
+    return (1 - s) * clean + s * noise
+
+
 def euler_step(z: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """z + (sigma_next - sigma) v, in float32. z, velocity [B, ...]; sigma, sigma_next [B]."""
     return z + per_sample(sigma_next - sigma, z) * velocity.float()

@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from danceopd.distill.batch import draw_batches, routed_velocity
 from danceopd.distill.losses import UpdateLosses
-from danceopd.distill.objective import VelocityMSE
-from danceopd.distill.query import BetaQuery, QueryBand
+from danceopd.distill.matching import VelocityMatching
 from danceopd.distill.query_states import StateSource, queried_states
-from danceopd.distill.routing import Route, Router, expected_field_calls, router_for
+from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
 from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class DanceOPD:
+class DanceOPD(VelocityMatching):
     """The method: frozen fields and their data, the grid, the query band, and how samples are routed.
 
     states: whose states are matched. ``"student"`` is the method; ``"teacher"`` (the routed field's own rollout) and
-    ``"data"`` (a real target noised to the queried sigma) are off-policy.
-    device: where the student and the fields live; all drawing happens on the CPU, from the generator passed in.
+    ``"data"`` (a real target noised to the queried sigma) are off-policy. The rest: see ``Method``.
     """
 
-    routes: Sequence[Route]
-    grid: Grid
-    query: QueryBand = field(default_factory=BetaQuery)
-    per: Literal["sample", "step"] = "sample"
-    stratified: bool = False
-    objective: VelocityMSE = field(default_factory=VelocityMSE)
     states: StateSource = "student"
-    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.states not in ("student", "teacher", "data"):
             raise ValueError(f"states are 'student', 'teacher' or 'data', found {self.states!r}")
-        self.router  # noqa: B018 - checks the routes
-
-    @property
-    def router(self) -> Router:
-        return router_for(self.routes, self.per, self.stratified)
 
     def expected_calls(self) -> ExpectedCalls:
-        """Network calls that one training sample costs, in expectation."""
-        depth, per_velocity = self.query.expected_depth(self.grid), expected_field_calls(self.routes)
-        rollouts = {"student": depth, "teacher": depth * per_velocity, "data": 0.0}[self.states]
-        queries = self.query.per_rollout
-        return ExpectedCalls(rollout=rollouts, field=queries * per_velocity, train=queries)
+        def calls(route: Route, grid: Grid) -> ExpectedCalls:
+            query, per_velocity = route.query or self.query, route.field.calls_per_velocity
+            depth = 0.0 if self.states == "data" else query.expected_depth(grid)
+            return ExpectedCalls(
+                rollout=depth * (per_velocity if self.states == "teacher" else 1),
+                field=query.per_rollout * per_velocity,
+                train=query.per_rollout,
+            )
+
+        return self.over_routes(calls)
 
     def step(
         self,
@@ -74,21 +64,19 @@ class DanceOPD:
                 result's losses are then detached.
         """
         chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        losses = UpdateLosses(self.routes, batch_size * self.query.per_rollout, backward)
+        losses = UpdateLosses(self.routes, batch_size, backward)
         calls = NetworkCalls()
-        for batch in draw_batches(self.routes, chosen, generator, self.device, targets=self.states == "data"):
-            query = self.query.draw(len(batch.route), self.grid, generator)
+        for batch in self.batches(chosen, generator, query=self.query, targets=self.states == "data"):
+            band, grid = batch.query or self.query, batch.grid
+            query = band.draw(len(batch.route), grid, generator)
             noise = torch.randn(len(batch.route), *batch.shape, generator=generator).to(self.device)
-            rolled = queried_states(self.states, student, self.routes, batch, noise, self.grid, query)
+            rolled = queried_states(self.states, student, self.routes, batch, noise, grid, query)
             calls += NetworkCalls(rollout=rolled.calls)
-            for k in range(self.query.per_rollout):
-                z, at = rolled.states[:, k], Query(query.step[:, k : k + 1], query.sigma[:, k : k + 1])
-                sigma = at.sigma[:, 0].to(self.device)
-                target, field_calls = routed_velocity(self.routes, batch, z, sigma)
-                torch.clear_autocast_cache()  # a guard: weights cast without gradient must not serve the pass below
-                velocity = student(z, sigma, batch.condition)
-                losses.add(batch.route, self.objective.losses(velocity, target, at, self.grid, self.query), sigma)
-                calls += NetworkCalls(field=field_calls, train=len(z))
+            for k in range(band.per_rollout):
+                at = Query(query.step[:, k : k + 1], query.sigma[:, k : k + 1])
+                matched = self.match(student, batch, rolled.states[:, k], at)
+                losses.add(batch.route, matched.losses, query.sigma[:, k], share=1 / band.per_rollout)
+                calls += matched.calls
         return losses.result(calls)
 
 

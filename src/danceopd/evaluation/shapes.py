@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danceopd.data.manifest import write_image_file
+from danceopd.data.images import write_image_file
 from danceopd.distill.solver import VelocityFunction, integrate
+from danceopd.evaluation.pictures import Encoder, guided
 from danceopd.evaluation.statistics import Estimate, overall_estimate, ratio_estimate, task_estimate
 from danceopd.families.family import Family
 from danceopd.recipe import EvaluatePart
-from danceopd.states import concatenate
 from danceopd.world.generator import evaluation_set
 from danceopd.world.render import render
 from danceopd.world.tasks import EDIT_TASKS, T2I_TASKS, Edit, TextToImage
@@ -31,27 +31,13 @@ _NOISE_SEED = 77_000
 class Scored:
     """One model on one capability. scores [tasks, n]; realism [tasks, n] or None; shown: first image of each task.
 
-    non_finite: images that hold infinite values or NaN; they score 0.
+    non_finite: images whose latents hold infinite values or NaN; they score 0.
     """
 
     scores: np.ndarray
     realism: np.ndarray | None
     shown: Tensor
     non_finite: int
-
-
-def guided(velocity: VelocityFunction, family: Family, guidance_scale: float) -> VelocityFunction:
-    """``velocity`` under external guidance; 1 leaves it alone."""
-    if guidance_scale == 1.0:
-        return velocity
-
-    def both(z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
-        doubled = concatenate([condition, family.empty(condition)])
-        v = velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), doubled).float()
-        conditional, empty = v.chunk(2)
-        return family.guide(conditional, empty, guidance_scale)
-
-    return both
 
 
 @torch.no_grad()
@@ -61,26 +47,28 @@ def score_model(
     capability: str,
     part: EvaluatePart,
     *,
+    encoder: Encoder | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Scored:
     """Sample every evaluation scene of a capability and score it.
 
+    encoder: of a field that is told something else than the student; the family by default.
     Scene j of a task and its noise depend on (``part.seed``, task, j) alone.
     """
     tasks = CAPABILITIES[capability]
     examples = evaluation_set(tasks, per_task=part.scenes_per_task, seed=part.seed)
     noise = torch.cat([scene_noise(part.seed, index, part.scenes_per_task) for index in range(len(tasks))])
     grid = family.grid(part.num_inference_steps, part.shift)
-    images = []
+    images, whole = [], []
     for first in range(0, len(examples), part.batch_size):
         chunk = examples[first : first + part.batch_size]
-        condition = condition_of(chunk, family)
+        condition = condition_of(chunk, encoder or family)
         z = noise[first : first + len(chunk)].to(condition.prompt_embeds.device)
         latents = integrate(guided(velocity, family, part.guidance_scale), z, condition, grid)
+        whole += latents.flatten(1).isfinite().all(1).tolist()
         images.append(family.decode(latents).cpu())
         on_batch(len(chunk))
     drawn = torch.cat(images)
-    whole = drawn.flatten(1).isfinite().all(1).tolist()
     judged = list(zip(whole, drawn.numpy(), examples, strict=True))
     shape = (len(tasks), part.scenes_per_task)
     realism = None
@@ -96,13 +84,13 @@ def scene_noise(seed: int, task: int, count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=generator)
 
 
-def condition_of(examples: Sequence[TextToImage | Edit], family: Family):
+def condition_of(examples: Sequence[TextToImage | Edit], encoder: Encoder):
     """The condition of evaluation examples of one kind."""
     if isinstance(examples[0], TextToImage):
-        return family.encode([example.prompt for example in examples if isinstance(example, TextToImage)], None)
+        return encoder.encode([example.prompt for example in examples if isinstance(example, TextToImage)], None)
     edits = [example for example in examples if isinstance(example, Edit)]
     sources = [torch.from_numpy(render(edit.source)) for edit in edits]
-    return family.encode([edit.instruction for edit in edits], sources)
+    return encoder.encode([edit.instruction for edit in edits], sources)
 
 
 def _score(image: np.ndarray, example: TextToImage | Edit) -> float:
@@ -117,11 +105,13 @@ def evaluate_models(
     part: EvaluatePart,
     *,
     capabilities: Sequence[str] = ("t2i", "edit"),
+    encoders: Mapping[str, Encoder] | None = None,
     pictures: Path | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Score every model on every capability; the content of ``evaluation.json``.
 
+    encoders: of models that are told something else than the student, by name.
     ``models.NAME.CAPABILITY`` maps tasks and ``overall`` to scores; ``intervals`` has the same shape with
     [low, high]; ``student_over`` gives the student's overall over each other model's, and ``over_base`` every model's
     over the base's, paired by scene; ``realism_reward`` the mean reward of a model's text-to-image pictures.
@@ -147,7 +137,8 @@ def evaluate_models(
         scored = {}
         for name, velocity in models.items():
             began = time.monotonic()
-            scored[name] = score_model(velocity, family, capability, part, on_batch=on_batch)
+            encoder = (encoders or {}).get(name)
+            scored[name] = score_model(velocity, family, capability, part, encoder=encoder, on_batch=on_batch)
             report["seconds"][f"{capability}/{name}"] = round(time.monotonic() - began, 2)
             estimates = {task: task_estimate(row) for task, row in zip(tasks, scored[name].scores, strict=True)}
             estimates["overall"] = overall_estimate(scored[name].scores, rng)
@@ -172,6 +163,25 @@ def evaluate_models(
     report["seconds"]["evaluation"] = round(time.monotonic() - started, 2)
     report["shown"] = shown
     return report
+
+
+class ShapesScorer:
+    """See ``Scorer``."""
+
+    def images(self, part: EvaluatePart) -> int:
+        return sum(len(tasks) for tasks in CAPABILITIES.values()) * part.scenes_per_task
+
+    def evaluate(
+        self,
+        models: dict[str, VelocityFunction],
+        family: Family,
+        part: EvaluatePart,
+        *,
+        encoders: Mapping[str, Encoder] | None = None,
+        pictures: Path | None = None,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, Any]:
+        return evaluate_models(models, family, part, encoders=encoders, pictures=pictures, on_batch=on_batch)
 
 
 def _rounded(estimate: Estimate | None) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""The model card beside an exported LoRA: what it is for, what it was made from and how, and what it cannot do."""
+"""The model card beside an export: what it is for, what it was made from and how, and what it cannot do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from danceopd.fields.adapters import Lora
-
 GUIDANCE = (
     "In the recipe, guidance_scale is alpha in v = v_empty + alpha (v_cond - v_empty), so that 1 is no guidance. "
     "Z-Image's pipelines in diffusers take alpha - 1 under that name."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What the card says of the files beside it.
+
+    what: how the card's first sentence begins, up to the base's name. use: the lines that load it, BASE being the base.
+    checked: what else than velocities was compared, as the beginning of a sentence. difference: the largest between the
+    student's velocities and those of the files loaded again. digests: SHA-256 by the files' names.
+    """
+
+    what: str
+    use: str
+    checked: str
+    difference: float
+    digests: Mapping[str, str]
+    is_lora: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +52,10 @@ class ModelCard:
     limits: Sequence[str] = ()
     title: str = "A student distilled from several fields"
 
-    def render(self, *, lora: Lora, pipeline: str, weight_name: str, digest: str, difference: float) -> str:
-        """The card as Markdown with the hub's front matter.
-
-        pipeline: class name of the diffusers pipeline that the LoRA is for.
-        weight_name, digest: name and SHA-256 of the LoRA's file.
-        difference: largest difference between the student's velocities and those of the file loaded again.
-        """
-        front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["lora", "danceopd"]}
+    def render(self, export: Exported) -> str:
+        """The card as Markdown with the hub's front matter."""
+        front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+        front["tags"] = ["lora", "danceopd"] if export.is_lora else ["danceopd"]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):
             front["base_model"] = self.base
         scores = {name: f"{score:g}" for name, score in self.scores.items()}
@@ -53,22 +64,16 @@ class ModelCard:
             [
                 f"---\n{yaml.safe_dump(front, allow_unicode=True)}---",
                 f"# {_line(self.title)}",
-                f"A LoRA of rank {lora.rank} and alpha {lora.alpha:g} on {len(lora.targets)} modules of "
-                f"{_line(self.base)}, trained by on-policy generative field distillation (DanceOPD, arXiv 2606.27377).",
+                f"{export.what} {_line(self.base)}, trained by on-policy generative field distillation (DanceOPD, "
+                "arXiv 2606.27377).",
                 "## Use",
-                _fenced(
-                    f"from diffusers import {pipeline}\n\n"
-                    f"pipe = {pipeline}.from_pretrained({self.base!r})\n"
-                    f'pipe.load_lora_weights("THIS FOLDER", weight_name="{weight_name}")',
-                    "python",
-                ),
-                f"Checked when it was written: loaded into a fresh {pipeline} over the base, the file's tensors and "
-                "their scale were the student's, and velocities for two prompts differed from the student's by at most "
-                f"{difference:.2g}.",
+                _fenced(export.use.replace("BASE", repr(self.base)), "python"),
+                f"Checked when it was written: loaded again over the base, {export.checked}velocities for two prompts "
+                f"differed from the student's by at most {export.difference:.2g}.",
                 "## Fields",
                 _table(("field", "what it is"), self.fields),
                 "## Sources",
-                _table(("source", "SHA-256"), {**self.hashes, weight_name: digest}),
+                _table(("source", "SHA-256"), {**self.hashes, **export.digests}),
                 "## Recipe",
                 _fenced(self.recipe.rstrip("\n"), "yaml"),
                 GUIDANCE,

@@ -13,8 +13,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from danceopd.data.buckets import Buckets
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid
+from danceopd.families.latents import LatentSpace
 from danceopd.fields.adapters import Lora
 from danceopd.states import Condition, Samples
 
@@ -24,6 +26,9 @@ class Family(Protocol):
 
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
+
+    size: tuple[int, int]
+    """Height and width of the images of examples that bring none of their own."""
 
     @property
     def can_edit(self) -> bool:
@@ -43,6 +48,11 @@ class Family(Protocol):
     @property
     def files(self) -> dict[str, Path]:
         """Weight files that every field rests on besides the base, by what they are."""
+        ...
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """What its latents mean; families of one latent space can teach each other."""
         ...
 
     def resolve(self, reference: str) -> Path:
@@ -73,8 +83,25 @@ class Family(Protocol):
         """A LoRA for ``network``, from a file in any layout that the family reads."""
         ...
 
-    def samples(self, examples: Sequence[Example]) -> Samples:
-        """Training inputs of one shape signature, encoded."""
+    def samples(self, examples: Sequence[Example], size: tuple[int, int] | None = None) -> Samples:
+        """Training inputs of one shape signature, encoded; ``size`` stands in the place of the family's."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one latent of an image of this size; ValueError if the family has no such images."""
+        ...
+
+    def buckets(self, size: tuple[int, int]) -> Buckets | None:
+        """The sizes, of about the area of ``size``, that pictures are brought to; None takes them as they are."""
+        ...
+
+    def use_cache(self, folder: Path) -> bool:
+        """Keep encodings in a folder from here on; False, and nothing, where encoding costs next to nothing, or where
+        there are no files to know the encoders by."""
+        ...
+
+    def release_encoders(self) -> None:
+        """Where a cache stands in for them, move all but the network to the CPU; conditions stay on ``to``'s device."""
         ...
 
     def grid(self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None) -> Grid:
@@ -88,6 +115,10 @@ class Family(Protocol):
         """Clean latents as images [B, 3, H, W] in [-1, 1]."""
         ...
 
-    def to(self, device: torch.device) -> None:
-        """Move everything to a device."""
+    def checkpoint_gradients(self, network: nn.Module) -> None:
+        """Let a network of this family recompute activations in its backward pass; ValueError if it cannot."""
+        ...
+
+    def to(self, device: torch.device, *, network: bool = True) -> None:
+        """Move everything to a device, or everything but ``network``."""
         ...

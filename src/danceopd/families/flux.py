@@ -11,7 +11,7 @@ classifier-free guidance, which needs a second pass, and which a guided field pu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +19,8 @@ import torch
 from diffusers import FluxKontextPipeline, FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from danceopd.data.examples import Example, ExampleSource
-from danceopd.distill.schedule import Grid
-from danceopd.families.lora_files import read_lora
-from danceopd.families.pipeline import LoadedPipeline, encode_examples, weight_file
-from danceopd.fields.adapters import Lora
-from danceopd.fields.guidance import linear_guidance
-from danceopd.states import Condition, Samples, select
+from danceopd.families.pipeline import PipelineFamily
+from danceopd.states import Condition
 
 EMBEDDED_GUIDANCE = 3.5
 """What both pipelines tell the transformer when their caller says nothing."""
@@ -95,13 +90,10 @@ class FluxModel(nn.Module):
         return unpack(velocity[:, :length], z.shape).to(z.dtype)
 
 
-class FluxFamily:
-    """See ``Family``. It edits if, and only if, its pipeline is Kontext's.
+class FluxFamily(PipelineFamily[FluxCondition]):
+    """See ``PipelineFamily``; base: a ``FluxPipeline`` or a ``FluxKontextPipeline``, of which the latter edits.
 
-    base: a ``FluxPipeline`` or ``FluxKontextPipeline``, which is frozen in place, or the local folder of one.
     embedded_guidance: told to a guidance-distilled transformer; by default what the pipelines tell it.
-    size: height and width of the images of examples that bring none of their own; the pipeline's own by default.
-    max_sequence_length: T5 tokens that a prompt is padded or cut to, as in the pipeline's call.
 
     Source images are taken in the size they come in, a multiple of the VAE's scale times 2; the pipeline's resizing to
     the sizes that Kontext was trained on is left to whoever prepares the images (``_auto_resize=False`` there).
@@ -122,19 +114,19 @@ class FluxFamily:
         "to_add_out",
     )
     """The attention layers, as the paper names them for SD3.5; it names none for FLUX."""
+    pipelines: ClassVar[tuple[type, ...]] = (FluxPipeline, FluxKontextPipeline)
+    editors: ClassVar[tuple[type, ...]] = (FluxKontextPipeline,)
+    condition_type: ClassVar[type[Condition]] = FluxCondition
 
     def __init__(
         self,
         base: FluxPipeline | FluxKontextPipeline | str | Path,
         *,
         embedded_guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        max_sequence_length: int = 512,
-        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> None:
-        classes = {"FluxPipeline": FluxPipeline, "FluxKontextPipeline": FluxKontextPipeline}
-        self.loaded = LoadedPipeline(base, classes=classes, family=self.name, dtype=dtype)
-        if self.loaded.network.config.guidance_embeds:
+        super().__init__(base, **options)
+        if self.network.config.guidance_embeds:
             self.embedded_guidance = EMBEDDED_GUIDANCE if embedded_guidance is None else embedded_guidance
             if not 0.0 <= self.embedded_guidance < float("inf"):
                 raise ValueError(f"embedded_guidance must be a finite number >= 0, found {embedded_guidance}")
@@ -144,96 +136,21 @@ class FluxFamily:
                     f"this transformer takes no embedded guidance, found embedded_guidance {embedded_guidance}"
                 )
             self.embedded_guidance = None
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        self.size = (side, side) if size is None else size
-        self.max_sequence_length = max_sequence_length
-        self._model = FluxModel(self.loaded.network)
-        self._negatives: dict[str, FluxCondition] = {}
 
-    @property
-    def can_edit(self) -> bool:
-        return isinstance(self.pipeline, FluxKontextPipeline)
+    def behind_the_call(self, network: Any) -> FluxModel:
+        return FluxModel(network)
 
-    @property
-    def pipeline(self) -> Any:
-        return self.loaded.pipeline
-
-    @property
-    def model(self) -> FluxModel:
-        return self._model
-
-    @property
-    def network(self) -> Any:
-        return self._model.network
-
-    @property
-    def files(self) -> dict[str, Path]:
-        return self.loaded.files
-
-    def resolve(self, reference: str) -> Path:
-        return weight_file(reference)
-
-    def generator(self, name: str, *, size: int, seed: int) -> ExampleSource:
-        raise ValueError(f"family {self.name!r} has no generated data, found {name!r}; give the route a manifest")
-
-    def load_model(self, path: Path | None = None) -> FluxModel:
-        return FluxModel(self.loaded.own_network(path))
-
-    def load_lora(self, path: Path) -> Lora:
-        return read_lora(path, self.pipeline)
-
-    def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> FluxCondition:
-        """Prompts and source images as the pipeline's own encoders see them.
-
-        Raises:
-            ValueError: if there are sources and the pipeline is not Kontext's, or they differ in number from the
-                prompts or in size from each other.
-        """
-        if sources is not None and not self.can_edit:
-            raise ValueError(
-                f"family {self.name!r} with a FluxPipeline makes images from text alone and cannot edit, found "
-                f"{len(sources)} source images; edits need a Kontext base (FluxKontextPipeline)"
-            )
-        if sources is not None and len(sources) != len(prompts):
-            raise ValueError(f"one source image per prompt is needed, found {len(sources)} for {len(prompts)} prompts")
-        with torch.no_grad(), torch.autocast(self.loaded.device.type, enabled=False):
-            embeds, pooled, _ = self.pipeline.encode_prompt(
-                prompt=list(prompts),
-                prompt_2=None,
-                device=self.loaded.device,
-                max_sequence_length=self.max_sequence_length,
-            )
+    def encode_prompts(self, prompts: Sequence[str], *, edits: bool) -> FluxCondition:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            device=self.loaded.encoder_device,
+            max_sequence_length=self.max_sequence_length,
+        )
         guidance = None
         if self.embedded_guidance is not None:
-            guidance = torch.full((len(prompts),), self.embedded_guidance, device=self.loaded.device)
-        return FluxCondition(
-            prompt_embeds=embeds,
-            pooled_embeds=pooled,
-            source=None if sources is None else self.loaded.encode_images(sources),
-            guidance=guidance,
-        )
+            guidance = torch.full((len(prompts),), self.embedded_guidance, device=embeds.device)
+        return FluxCondition(prompt_embeds=embeds, pooled_embeds=pooled, guidance=guidance)
 
-    def empty(self, condition: Condition, negative_prompt: str = "") -> FluxCondition:
-        if not isinstance(condition, FluxCondition):
-            raise TypeError(f"FLUX needs a FluxCondition, made by encode; found a {type(condition).__name__}")
-        if negative_prompt not in self._negatives:
-            self._negatives[negative_prompt] = self.encode([negative_prompt], None)
-        rows = torch.zeros(len(condition.prompt_embeds), dtype=torch.int64)
-        blank: FluxCondition = select(self._negatives[negative_prompt], rows)
-        return replace(blank, source=condition.source, guidance=condition.guidance)
-
-    def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
-        return linear_guidance(conditional, empty, guidance_scale)
-
-    def samples(self, examples: Sequence[Example]) -> Samples:
-        return encode_examples(self, self.loaded, examples, self.size)
-
-    def grid(self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None) -> Grid:
-        return self.loaded.grid(steps, shift=shift, shape=shape, passes_sigmas=True)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.loaded.decode(latents)
-
-    def to(self, device: torch.device) -> None:
-        self.loaded.to(device)
-        self._negatives.clear()
+    def encoder_settings(self) -> dict[str, Any]:
+        return super().encoder_settings() | {"embedded_guidance": self.embedded_guidance}

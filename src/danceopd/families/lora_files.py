@@ -24,7 +24,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from danceopd.fields.adapters import Lora
-from danceopd.fields.teachers import CheckpointError, read_safetensors
+from danceopd.fields.teachers import CheckpointError, read_safetensors, require_recorded_targets
 
 SUFFIXES = (
     (".lora_A.weight", ".lora_B.weight"),
@@ -66,7 +66,9 @@ def read_lora(path: Path, pipeline: Any) -> Lora:
             raise CheckpointError(f"{path} records alpha in tensors and in its metadata, in a layout to be converted")
         pairs = _convert(path, tensors, pairs, alphas, pipeline)
         scales = _scales(path, pairs, {}, config)
-    return _as_one_rank(pairs, scales)
+    lora = _as_one_rank(pairs, scales)
+    require_recorded_targets(path, lora, metadata)
+    return lora
 
 
 def _linear_modules(network: nn.Module) -> set[str]:

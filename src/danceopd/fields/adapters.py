@@ -3,6 +3,9 @@
 Which adapter a forward pass goes through is the only thing that is switched. PEFT's own ``set_adapter`` also flips
 ``requires_grad``: it would make a teacher trainable, freeze the student, and silently drop the student's gradient if
 called between its forward and its backward pass. Nothing here touches ``requires_grad`` after an adapter is added.
+
+One precision rule: adapters are float32, frozen ones and the student alike, whatever the backbone's own weights are. So
+a student that equals its teacher has a loss of exactly 0, with and without autocast.
 """
 
 from __future__ import annotations
@@ -42,10 +45,15 @@ class Lora:
 class AdapterBackbone:
     """A module whose linear layers carry several named adapters.
 
+    Held are the backbone's weights, once, and the adapters.
+
     fold: run a call through W + (alpha / r) B A, formed for that call, instead of through PEFT's two extra products on
-        the activations. The same to rounding and differentiable; it needs room for one copy of the adapted weights
-        during the call and is faster wherever activations outweigh weights (small networks, CPUs). Not with gradient
-        checkpointing, whose second forward pass comes after the call and would not see those weights (torch raises).
+        the activations. The same to rounding and differentiable. Faster wherever activations outweigh weights (small
+        networks, CPUs); it also holds one copy of the adapted weights, however many adapters there are, from a call
+        without gradient to the next with one. For float32 weights: a sum in bfloat16 would lose small deltas. Not with
+        gradient checkpointing, whose second forward pass comes after the call and would not see those weights (torch
+        raises). The copy is made again once an optimiser, an operation in place under ``no_grad`` or an assignment to
+        ``.data`` changed a weight; ``weight.data.add_(...)`` leaves no trace in torch and is not seen.
 
     Raises:
         AdapterMismatch: from ``add`` and ``create``, naming modules that the backbone lacks or shapes that differ.
@@ -56,8 +64,8 @@ class AdapterBackbone:
         self.fold = fold
         self.names: list[str] = []
         self._layers: list[LoraLayer] = []
-        self._kept: dict[tuple[str, ...], tuple[Any, list[Tensor]]] = {}
-        """Folded weights by adapters, with the state of all that they were made of."""
+        self._kept: tuple[Any, list[Tensor]] | None = None
+        """The folded weights last made without gradient, behind the state of all that they were made of."""
 
     def add(self, name: str, lora: Lora, *, scale: float = 1.0) -> None:
         """Put a loaded LoRA on the backbone, frozen."""
@@ -70,8 +78,6 @@ class AdapterBackbone:
             raise AdapterMismatch(
                 f"LoRA {name!r} holds tensors without a place: {', '.join(result.unexpected_keys[:5])}"
             )
-        for parameter in self.parameters(name):
-            parameter.requires_grad_(False)
 
     def create(
         self,
@@ -109,7 +115,6 @@ class AdapterBackbone:
                     else:
                         parameter.zero_()
         for parameter in self.parameters(name):
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -153,8 +158,8 @@ class AdapterBackbone:
     def folded(self, *names: str) -> Iterator[None]:
         """Let forward passes inside run the bare layers on W + sum of the adapters' (alpha / r) B A, then restore.
 
-        Differentiable in the adapters. Without gradient the sums are kept until a weight changes, so that a rollout
-        forms them once.
+        Differentiable in the adapters. Without gradient the last sums are kept until a weight changes, other adapters
+        are asked for, or a call needs gradient: a rollout forms them once, and no two copies stand at a time.
         """
         with self.use():
             layers = [layer.get_base_layer() for layer in self._layers]
@@ -179,17 +184,19 @@ class AdapterBackbone:
         ]
         own = [cast(Tensor, layer.get_base_layer().weight) for layer in self._layers]
         read = [*own, *(side for pair in pairs for a, b, _ in pair for side in (a, b))]
-        state = tuple((weight.data_ptr(), weight._version) for weight in read)
-        if not torch.is_grad_enabled() and names in self._kept and self._kept[names][0] == state:
-            return self._kept[names][1]
+        state = names, [(weight.data_ptr(), weight._version) for weight in read]
+        if not torch.is_grad_enabled() and self._kept is not None and self._kept[0] == state:
+            return self._kept[1]
+        self._kept = None
         weights = []
         with torch.autocast(own[0].device.type, enabled=False):
             for weight, pair in zip(own, pairs, strict=True):
+                total = weight
                 for a, b, scaling in pair:
-                    weight = weight + scaling * (b @ a)
-                weights.append(weight)
+                    total = total + scaling * (b @ a)
+                weights.append(total.to(weight.dtype))
         if not torch.is_grad_enabled():
-            self._kept[names] = state, weights
+            self._kept = state, weights
         return weights
 
     def _require(self, names: Sequence[str]) -> None:
@@ -226,6 +233,8 @@ class AdapterBackbone:
             value.requires_grad_(key in trainable)
         self._layers = [layer for layer in self.module.modules() if isinstance(layer, LoraLayer)]
         self.names.append(name)
+        for parameter in self.parameters(name):
+            parameter.data = parameter.data.float()
         self._switch(())
         for layer, adapters, disabled in active:
             layer._active_adapter, layer._disable_adapters = adapters, disabled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +27,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: if the file is missing, is a pickle, or is damaged.
     """
+    metadata = read_metadata(path)
+    try:
+        return load_file(path), metadata
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; raises as ``read_safetensors``."""
     if not path.is_file():
         raise CheckpointError(f"weight file not found: {path}")
     if path.suffix in _PICKLES:
@@ -35,8 +45,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return load_file(path), metadata
+            return dict(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
@@ -47,19 +56,26 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the index is not such a file, a shard cannot be read, or a tensor is not where it says.
     """
-    try:
-        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+    places = _weight_map(index)
     found: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names a shard outside its own folder: {shard!r}")
         found |= read_safetensors(index.parent / shard)[0]
     if set(found) != set(places):
         odd = sorted(set(found) ^ set(places))
         raise CheckpointError(f"{index} and its shards disagree about {len(odd)} tensors, first {odd[0]!r}")
     return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor."""
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+    for shard in places.values():
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a shard outside its own folder: {shard!r}")
+    return places
 
 
 def load_checkpoint(network: nn.Module, path: Path) -> None:
@@ -86,10 +102,11 @@ def load_checkpoint(network: nn.Module, path: Path) -> None:
 
 
 def load_lora(path: Path) -> Lora:
-    """A LoRA in PEFT's keys, with ``rank`` and ``alpha`` in the file's metadata.
+    """A LoRA in PEFT's keys, with ``rank`` and ``alpha`` in the file's metadata, and ``targets`` where we wrote it.
 
     Raises:
-        CheckpointError: if a tensor is no LoRA matrix, a pair is incomplete, ranks differ, or alpha is not recorded.
+        CheckpointError: if a tensor is no LoRA matrix, a pair is incomplete, ranks differ, alpha is not recorded, or
+            the modules are not those recorded.
     """
     weights, metadata = read_safetensors(path)
     strange = [name for name in weights if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
@@ -109,16 +126,37 @@ def load_lora(path: Path) -> Lora:
             f"{path} does not record the LoRA's alpha in its metadata (found {json.dumps(metadata)}); without it the "
             "adapter's strength is unknown"
         ) from error
-    return Lora(rank=ranks.pop(), alpha=alpha, weights={name: weight.float() for name, weight in weights.items()})
+    lora = Lora(rank=ranks.pop(), alpha=alpha, weights={name: weight.float() for name, weight in weights.items()})
+    require_recorded_targets(path, lora, metadata)
+    return lora
+
+
+def recorded_targets(targets: Iterable[str]) -> str:
+    """A LoRA's modules as its file's metadata names them under ``targets``."""
+    return " ".join(sorted(targets))
+
+
+def require_recorded_targets(path: Path, lora: Lora, metadata: Mapping[str, str]) -> None:
+    """Raise CheckpointError if a file names its modules under ``targets`` and does not hold exactly those."""
+    odd = sorted(set(metadata["targets"].split()) ^ set(lora.targets)) if "targets" in metadata else []
+    if odd:
+        raise CheckpointError(
+            f"{path} does not hold the modules that it records: they differ in {len(odd)}, first {odd[0]!r}"
+        )
 
 
 def save_lora(lora: Lora, path: Path) -> None:
-    """Write a LoRA in PEFT's keys with its rank and alpha in the metadata; aside and then renamed."""
+    """Write a LoRA in PEFT's keys with its rank, alpha and modules in the metadata; aside and then renamed."""
     aside = path.with_suffix(".tmp")
     save_file(
         {name: weight.contiguous() for name, weight in lora.weights.items()},
         aside,
-        {"format": "pt", "rank": str(lora.rank), "alpha": repr(lora.alpha)},
+        {
+            "format": "pt",
+            "rank": str(lora.rank),
+            "alpha": repr(lora.alpha),
+            "targets": recorded_targets(lora.targets),
+        },
     )
     aside.replace(path)
 
@@ -130,6 +168,27 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def source_hash(path: Path) -> str:
+    """The hash of everything that a weight source consists of: an index with its shards, PEFT's file with its
+    configuration, or the file alone (whose ``file_hash`` it then is).
+
+    Raises:
+        CheckpointError: if there is no such file, or it is an index that cannot be read or names a missing shard.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"weight file not found: {path}")
+    names = [path.name]
+    if path.name.endswith(".index.json"):
+        names += sorted(set(_weight_map(path).values()))
+    elif path.name == "adapter_model.safetensors" and path.with_name("adapter_config.json").is_file():
+        names.append("adapter_config.json")
+    for name in names:
+        if not path.with_name(name).is_file():
+            raise CheckpointError(f"weight file not found: {path.with_name(name)}")
+    digests = [file_hash(path.with_name(name)) for name in names]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def merge_lora(network: nn.Module, lora: Lora) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +14,7 @@ from danceopd.training.run_folder import RunFolder
 
 def write_overview(folder: RunFolder) -> Path:
     """A row per task (its words, the source image of an edit, every model's picture), text-to-image beside editing."""
-    evaluation = json.loads(folder.evaluation_file.read_text(encoding="utf-8"))
+    evaluation = folder.evaluation()
     models = list(evaluation["models"])
     halves = [
         ([row for row in evaluation["shown"] if row["capability"] == "t2i"], models),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8e6bb0", "#b8860b", "#5c6b73")
 
 def write_report(folder: RunFolder) -> Path:
     """Write the page from ``recipe.yaml``, ``metrics.jsonl``, ``evaluation.json`` and ``samples/``."""
-    evaluation = json.loads(folder.evaluation_file.read_text())
+    evaluation = folder.evaluation()
     page = Environment(loader=PackageLoader("danceopd.report"), autoescape=select_autoescape()).get_template("run.html")
     html = page.render(
         title=folder.path.name,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,121 +15,99 @@ from danceopd.baselines.flow_opd import FlowOPD
 from danceopd.baselines.joint import JointTraining
 from danceopd.baselines.merge import merged_loras
 from danceopd.baselines.soft_mixing import soft_mixing
-from danceopd.data.examples import Bucket, ExampleSource
-from danceopd.data.manifest import Manifest
+from danceopd.data.examples import Bucket
 from danceopd.distill.method import Method
 from danceopd.distill.objective import OBJECTIVES
-from danceopd.distill.query import BANDS
+from danceopd.distill.query import BANDS, QueryBand
 from danceopd.distill.routing import Route
-from danceopd.distill.schedule import Grid
+from danceopd.distill.schedule import GridFor
 from danceopd.distill.step import DanceOPD
+from danceopd.distill.streaming import StreamingDanceOPD
 from danceopd.families.family import Family
-from danceopd.families.shapes import ShapesFamily
-from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora, combined
-from danceopd.fields.field import ModelField, VelocityField
+from danceopd.families.registry import load_family, takes
+from danceopd.fields.adapters import AdapterField, Lora
+from danceopd.fields.field import VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
-from danceopd.fields.teachers import file_hash, merge_lora
-from danceopd.recipe import FieldPart, Recipe, RecipeError, RoutePart
-from danceopd.states import Samples
-
-FAMILIES: dict[str, Callable[[str], Family]] = {"shapes": ShapesFamily}
-STUDENT, START = "student", "student_start"
-"""Adapter names on the shared backbone: the trained one, and the frozen one it may stand on."""
+from danceopd.recipe import Recipe, RecipeError, RoutePart
+from danceopd.training.fields import FieldInput, FieldLoader, Sources, adapter_backbone
+from danceopd.training.inputs import RouteSamples, route_examples, use_cache
+from danceopd.training.student import Student
 
 
-class RouteSamples:
-    """A bucket behind a route: draws examples in the bucket's own order and encodes them."""
+@dataclass(frozen=True, kw_only=True)
+class LoadedModels:
+    """A recipe's networks, without its data.
 
-    def __init__(self, bucket: Bucket, family: Family) -> None:
-        self.bucket, self.family = bucket, family
-
-    def __call__(self, count: int, generator: torch.Generator) -> Samples:
-        return self.family.samples(self.bucket.draw(count))
-
-
-class Student:
-    """What is trained: a LoRA on the fields' own backbone, or a network of its own.
-
-    ``model(z, sigma, condition)`` is the student outside every field's call.
+    bare: the fields, mixtures aside, without their guidance, and how each of them is told what the user asked for.
+    inputs: of the fields that are told something else than the student. models: every network held but a student's own.
+    hashes: SHA-256 of every weight file (and the hub's commits), by what the recipe calls it.
     """
-
-    def __init__(self, recipe: Recipe, family: Family, backbone: AdapterBackbone, start: Lora | None) -> None:
-        part = recipe.student
-        self.start = start if part.lora is None or part.init_mode == "merged" else None
-        """The LoRA that stands, frozen or merged, under what is trained."""
-        self._backbone = backbone
-        self._lora = part.lora
-        self.model: nn.Module
-        if part.lora is None:
-            self.model = family.load_model()
-            network = self.model.get_submodule("network")
-            if start is not None:
-                merge_lora(network, start)
-            self.network = network
-            network.requires_grad_(True)
-            self.parameters: dict[str, nn.Parameter] = dict(network.named_parameters())
-            return
-        self.network = family.network
-        if self.start is not None:
-            backbone.add(START, self.start)
-        backbone.create(
-            STUDENT,
-            rank=part.lora.rank,
-            alpha=part.lora.alpha,
-            targets=part.lora.targets or family.lora_targets,
-            generator=torch.Generator().manual_seed(recipe.train.seed),
-            start=start if part.init_mode == "trainable" else None,
-        )
-        adapters = [STUDENT] if self.start is None else [START, STUDENT]
-        backbone.activate(*adapters)
-        self.model = AdapterModel(backbone, family.model, *adapters)
-        self.parameters = dict(backbone.named_parameters(STUDENT))
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The trained weights as they export: a LoRA's under PEFT's keys, or the whole network's."""
-        return self._backbone.state(STUDENT) if self._lora is not None else dict(self.network.state_dict())
-
-    def lora(self) -> Lora | None:
-        """The student as one LoRA over the ORIGINAL base, whatever it started from; None for a full student."""
-        if self._lora is None:
-            return None
-        own = {name: weight.detach().clone().float().cpu() for name, weight in self.weights().items()}
-        trained = Lora(rank=self._lora.rank, alpha=self._lora.alpha, weights=own)
-        return trained if self.start is None else combined([(self.start, 1.0), (trained, 1.0)])
-
-    @contextmanager
-    def using(self, weights: list[torch.Tensor] | None) -> Iterator[None]:
-        """The student under other trained weights (its EMA), put back afterwards."""
-        if weights is None:
-            yield
-            return
-        live = [parameter.detach().clone() for parameter in self.parameters.values()]
-        _copy(self.parameters, weights)
-        try:
-            yield
-        finally:
-            _copy(self.parameters, live)
-
-
-def _copy(parameters: dict[str, nn.Parameter], values: list[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters.values(), values, strict=True):
-            parameter.copy_(value)
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """A recipe made live. ``hashes``: SHA-256 of every weight file and manifest, by what the recipe calls it."""
 
     recipe: Recipe
     family: Family
     base: VelocityField
+    bare: dict[str, tuple[VelocityField, FieldInput]]
     fields: dict[str, VelocityField]
-    method: Method
+    inputs: dict[str, FieldInput]
+    models: list[nn.Module]
     student: Student
-    buckets: dict[str, Bucket]
     hashes: dict[str, str]
+
+    def release_encoders(self) -> None:
+        """Move to the CPU what a cache stands in for."""
+        for family in [self.family, *(each.family for each in self.inputs.values())]:
+            family.release_encoders()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly(LoadedModels):
+    """A recipe made live. ``hashes`` holds that of each route's data too."""
+
+    method: Method
+    buckets: dict[str, Bucket]
+
+
+def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
+    """Load and check a recipe's weights; its data is not looked at.
+
+    Raises:
+        RecipeError, CheckpointError, AdapterMismatch: for whatever does not fit.
+    """
+    sources = Sources()
+    opened = partial(open_family, recipe)
+    family = sources.base(recipe.base, recipe.family, opened, own=True)
+    backbone = adapter_backbone(family.network, device, checkpointed=recipe.train.gradient_checkpointing)
+    loader = FieldLoader(recipe, family, backbone, sources, opened, device)
+    plain = {name: part for name, part in recipe.fields.items() if part.mixture is None}
+    bare = {name: (loader.load(name, part), loader.input(name, part)) for name, part in plain.items()}
+    fields: dict[str, VelocityField] = {
+        name: _guided(field, plain[name].guidance_scale, plain[name].negative_prompt, told.family)
+        for name, (field, told) in bare.items()
+    }
+    mixtures = {name: part.mixture for name, part in recipe.fields.items() if part.mixture is not None}
+    fields |= {name: MixtureField([fields[member] for member in mixture]) for name, mixture in mixtures.items()}
+    inputs = {name: told for name, (_, told) in bare.items() if plain[name].told_apart}
+    student = Student(recipe, family, backbone, _start(recipe, family, sources))
+    family.to(device)
+    student.model.to(device)
+    use_cache(recipe, list(dict.fromkeys([family, *(each.family for each in inputs.values())])))
+    if recipe.train.gradient_checkpointing:
+        try:
+            family.checkpoint_gradients(student.network)
+        except ValueError as error:
+            raise RecipeError(f"train.gradient_checkpointing: {error}") from error
+    return LoadedModels(
+        recipe=recipe,
+        family=family,
+        base=AdapterField(backbone, family.model),
+        bare=bare,
+        fields=fields,
+        inputs=inputs,
+        models=loader.models,
+        student=student,
+        hashes=sources.hashes,
+    )
 
 
 def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
@@ -140,79 +116,94 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
     Raises:
         RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
     """
-    if recipe.family not in FAMILIES:
-        raise RecipeError(f"unknown family {recipe.family!r}; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[recipe.family](recipe.base)
-    references = [recipe.base]
-    backbone = AdapterBackbone(family.network, fold=device.type == "cpu")
-    fields: dict[str, VelocityField] = {}
-    for name, part in recipe.fields.items():
-        if part.mixture is None:
-            fields[name] = _field(name, part, family, backbone, device)
-            references += [reference for reference in (part.lora, part.checkpoint) if reference is not None]
-    for name, part in recipe.fields.items():
-        if part.mixture is not None:
-            fields[name] = MixtureField([fields[member] for member in part.mixture])
-    start = _start(recipe, family)
-    student = Student(recipe, family, backbone, start)
-    family.to(device)
-    student.model.to(device)
+    loaded = load_models(recipe, device=device)
+    family, inputs = loaded.family, loaded.inputs
     buckets, routes = {}, []
     needs_targets = recipe.method == "joint" or recipe.query.states == "data"
     for index, part in enumerate(recipe.routes):
         name = part.name or part.field
-        buckets[name] = Bucket(_examples(index, part, family, needs_targets), seed=recipe.train.seed * 1000 + index)
-        routes.append(
-            Route(
-                name,
-                fields[part.field],
-                RouteSamples(buckets[name], family),
-                weight=part.weight,
-                prompt_dropout=part.prompt_dropout,
-                empty=partial(family.empty, negative_prompt=recipe.fields[part.field].negative_prompt),
-            )
+        examples = route_examples(
+            index, part, family, inputs.get(part.field), _guidance(recipe, part)[1], needs_targets
         )
-    grid = family.grid(recipe.rollout.num_inference_steps, recipe.rollout.shift)
-    method = _method(recipe, routes, grid, fields, device)
-    hashes = {reference: file_hash(family.resolve(reference)) for reference in references}
-    hashes |= {name: file_hash(path) for name, path in family.files.items()}
-    hashes |= {
-        f"data of {name}": bucket.source.digest()
-        for name, bucket in buckets.items()
-        if isinstance(bucket.source, Manifest)
-    }
-    return Assembly(recipe, family, AdapterField(backbone, family.model), fields, method, student, buckets, hashes)
+        buckets[name] = Bucket(examples, seed=recipe.train.seed * 1000 + index)
+        field = loaded.fields[part.field]
+        if part.field in loaded.bare:
+            bare, told = loaded.bare[part.field]
+            field = _guided(bare, *_guidance(recipe, part), told.family)
+        routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field)))
+    grid = _grids(family, recipe.rollout.num_inference_steps, recipe.rollout.shift)
+    method = _method(recipe, routes, grid, loaded.fields, device)
+    hashes = loaded.hashes | {f"data of {name}": bucket.source.digest() for name, bucket in buckets.items()}
+    return Assembly(**{**vars(loaded), "hashes": hashes}, method=method, buckets=buckets)
 
 
-def _field(
-    name: str, part: FieldPart, family: Family, backbone: AdapterBackbone, device: torch.device
-) -> VelocityField:
-    field: VelocityField
-    if part.lora is not None:
-        backbone.add(name, family.load_lora(family.resolve(part.lora)), scale=part.lora_scale)
-        field = AdapterField(backbone, family.model, name)
-    elif part.checkpoint is not None:
-        field = ModelField(family.load_model(family.resolve(part.checkpoint)).to(device))
-    else:
-        field = AdapterField(backbone, family.model)
-    if part.guidance_scale == 1.0:
+def open_family(recipe: Recipe, name: str, base: str) -> Family:
+    """A family on a base, as the recipe wants its families; another one's own keys are not asked of it.
+
+    Raises:
+        RecipeError, CheckpointError: see ``load_family``.
+    """
+    options: dict[str, Any] = {"resolution": recipe.resolution, "embedded_guidance": recipe.embedded_guidance}
+    if recipe.base_dtype != "auto" or takes(name, "base_dtype"):
+        wanted = recipe.train.precision if recipe.base_dtype == "auto" else recipe.base_dtype
+        options["base_dtype"] = torch.bfloat16 if wanted == "bf16" else torch.float32
+    if name != recipe.family:
+        options = {key: value for key, value in options.items() if takes(name, key)}
+    return load_family(name, base, options)
+
+
+def _guided(field: VelocityField, guidance_scale: float, negative_prompt: str, family: Family) -> VelocityField:
+    if guidance_scale == 1.0:
         return field
-    return GuidedField(
+    empty = partial(family.empty, negative_prompt=negative_prompt)
+    return GuidedField(field, empty=empty, guidance_scale=guidance_scale, combine=family.guide)
+
+
+def _guidance(recipe: Recipe, part: RoutePart) -> tuple[float, str]:
+    """Guidance scale and negative prompt on a route: its own, else its field's."""
+    field = recipe.fields[part.field]
+    scale = field.guidance_scale if part.guidance_scale is None else part.guidance_scale
+    negative = field.negative_prompt if part.negative_prompt is None else part.negative_prompt
+    return scale, "" if scale == 1.0 else negative
+
+
+def _route(
+    recipe: Recipe, index: int, field: VelocityField, bucket: Bucket, family: Family, told: FieldInput | None
+) -> Route:
+    part = recipe.routes[index]
+    shape = family.latent_shape(*(bucket.source[0].wanted_size or part.resolution or family.size))
+    negative = _guidance(recipe, part)[1]
+    return Route(
+        part.name or part.field,
         field,
-        empty=partial(family.empty, negative_prompt=part.negative_prompt),
-        guidance_scale=part.guidance_scale,
-        combine=family.guide,
+        RouteSamples(bucket, family, told, part.resolution),
+        weight=part.weight,
+        prompt_dropout=part.prompt_dropout,
+        empty=partial(family.empty, negative_prompt=negative),
+        field_empty=None if told is None else partial(told.family.empty, negative_prompt=negative),
+        grid=_grids(family, part.num_inference_steps, recipe.rollout.shift) if part.num_inference_steps else None,
+        query=_query(recipe, part.per_rollout) if part.per_rollout else None,
+        shape=shape,
     )
 
 
-def _start(recipe: Recipe, family: Family) -> Lora | None:
+def _grids(family: Family, steps: int, shift: float | None) -> GridFor:
+    """The family's grid by the latents' shape, each made once."""
+    return cache(lambda shape: family.grid(steps, shift, shape))
+
+
+def _query(recipe: Recipe, per_rollout: int) -> QueryBand:
+    return BANDS[recipe.query.band](over=recipe.query.over, per_rollout=per_rollout)
+
+
+def _start(recipe: Recipe, family: Family, sources: Sources) -> Lora | None:
     """What the student starts from, as one LoRA over the base; None is the base itself."""
 
     def source(name: str) -> Lora | None:
         part = recipe.fields[name]
         if part.lora is None:
             return None
-        lora = family.load_lora(family.resolve(part.lora))
+        lora = family.load_lora(sources.file(part.lora, "lora", family))
         return replace(lora, alpha=lora.alpha * part.lora_scale)
 
     init = recipe.student.init
@@ -222,7 +213,7 @@ def _start(recipe: Recipe, family: Family) -> Lora | None:
 
 
 def _method(
-    recipe: Recipe, routes: list[Route], grid: Grid, fields: dict[str, VelocityField], device: torch.device
+    recipe: Recipe, routes: list[Route], grid: GridFor, fields: dict[str, VelocityField], device: torch.device
 ) -> Method:
     common: dict[str, Any] = {"routes": routes, "grid": grid, "device": device}
     routing: dict[str, Any] = {"per": recipe.routing.per, "stratified": recipe.routing.stratified}
@@ -236,34 +227,21 @@ def _method(
         return FlowOPD(**common, **routing, **options)
     query = recipe.query
     matching: dict[str, Any] = {
-        "query": BANDS[query.band](over=query.over, per_rollout=query.per_rollout),
+        "query": _query(recipe, query.per_rollout),
         "objective": OBJECTIVES[recipe.objective],
     }
     if recipe.method == "soft_mixing":
         return soft_mixing(**common, **routing, **matching)
+    if recipe.rollout.mode == "streaming":
+        options = {"pool": recipe.rollout.pool, "batch_size": recipe.train.batch_size}
+        try:
+            return StreamingDanceOPD(
+                **common, **routing, **matching, **options, staleness_updates=recipe.rollout.staleness_steps
+            )
+        except ValueError as error:
+            raise RecipeError(f"rollout: {error}") from error
     # off_policy differs in its states alone; weight_merge makes no update.
     return DanceOPD(**common, **routing, **matching, states=query.states)
-
-
-def _examples(index: int, part: RoutePart, family: Family, needs_targets: bool) -> ExampleSource:
-    if part.data.generator is not None:
-        try:
-            return family.generator(part.data.generator, size=part.data.size, seed=part.data.seed)
-        except ValueError as error:
-            raise RecipeError(f"routes.{index}.data.generator: {error}") from error
-    manifest = Manifest(Path(part.data.manifest or ""))
-    if manifest.edits and not family.can_edit:
-        raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.path} holds edits")
-    for position in range(len(manifest)):
-        if needs_targets and manifest.lines[position].target is None:
-            raise RecipeError(
-                f"{manifest.path}, line {manifest.numbers[position]}: noising data needs a 'target' on every line"
-            )
-        try:
-            family.samples([manifest[position]])
-        except ValueError as error:
-            raise RecipeError(f"{manifest.path}, line {manifest.numbers[position]}: {error}") from error
-    return manifest
 
 
 def autocast(device: torch.device, precision: str):

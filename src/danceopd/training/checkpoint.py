@@ -1,7 +1,8 @@
 """Checkpoints: everything that the next update depends on, written aside and then renamed.
 
 A checkpoint is a folder ``step-000200`` with ``student.safetensors``, ``ema.safetensors``,
-``optimizer.safetensors`` and ``state.json``. It exists whole or not at all.
+``optimizer.safetensors`` and ``state.json``, and ``method.safetensors`` where the method carries anything from one
+update to the next. It exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +56,28 @@ def save_checkpoint(
     student: dict[str, Tensor],
     ema: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    method: dict[str, Tensor],
     keep: int,
 ) -> Path:
     """Write ``folder/step-N`` and then delete all but the ``keep`` newest.
+
+    A step's checkpoint is written once: one that stands is whole and is left alone.
 
     Raises:
         CheckpointFailure: if writing failed (a full disk, say); earlier checkpoints are untouched.
     """
     target = folder / f"step-{state.step:06d}"
     aside = folder / f".writing-{state.step:06d}"
+    if target.exists():
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        for name, tensors in (("student", student), ("ema", ema), ("optimizer", _flatten(optimizer))):
+        files = {"student": student, "ema": ema, "optimizer": _flatten(optimizer)}
+        if method:
+            files["method"] = method
+        for name, tensors in files.items():
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
                 aside / f"{name}.safetensors",
@@ -76,8 +86,6 @@ def save_checkpoint(
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
-        if target.exists():
-            shutil.rmtree(target)
         aside.rename(target)
         _sync(folder)
         for old in [*checkpoints(folder)[:-keep], *folder.glob(".writing-*")]:
@@ -126,6 +134,16 @@ def load_tensors(path: Path, name: str, into: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for key, tensor in into.items():
             tensor.copy_(saved[key])
+
+
+def load_method_state(path: Path) -> dict[str, Tensor]:
+    """What the method carried when the checkpoint was written; empty where it carries nothing.
+
+    Raises:
+        CheckpointFailure: if the file is damaged.
+    """
+    file = path / "method.safetensors"
+    return _read(file) if file.exists() else {}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -187,8 +205,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_hashes(recorded: dict[str, str], now: dict[str, str]) -> None:
-    """Refuse to resume over sources or data that changed.
+def check_hashes(recorded: Mapping[str, str | None], now: Mapping[str, str], purpose: str) -> None:
+    """Refuse to use a run (``purpose``: "resumed", say) over sources or data that changed.
 
     Raises:
         CheckpointFailure: naming the sources.
@@ -196,4 +214,4 @@ def check_hashes(recorded: dict[str, str], now: dict[str, str]) -> None:
     changed = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
     if changed:
         details = "; ".join(f"{n}: {json.dumps(recorded.get(n))} then, {json.dumps(now.get(n))} now" for n in changed)
-        raise CheckpointFailure(f"sources changed since this run began, so it cannot be resumed: {details}")
+        raise CheckpointFailure(f"sources changed since this run began, so it cannot be {purpose}: {details}")

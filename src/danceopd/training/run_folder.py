@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from danceopd.files import write_text
 from danceopd.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from danceopd.training.checkpoint import CheckpointFailure
 
 
 class RunFolderBusy(RuntimeError):
@@ -66,6 +67,24 @@ class RunFolder:
             raise RecipeError(f"{self.path} is not a run folder: it has no recipe.yaml")
         return load_recipe(self.recipe_file)
 
+    def evaluation(self) -> dict[str, Any]:
+        """The content of ``evaluation.json``.
+
+        Raises:
+            CheckpointFailure: if the run was not evaluated, or the file is damaged.
+        """
+        again = f"run: danceopd evaluate {self.path}"
+        if not self.evaluation_file.exists():
+            raise CheckpointFailure(f"{self.path} has no evaluation.json; {again}")
+        try:
+            found = json.loads(self.evaluation_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointFailure(f"{self.evaluation_file} cannot be read: {error}; {again}") from error
+        missing = {"models", "intervals", "student_over", "shown"} - set(found if isinstance(found, dict) else ())
+        if missing:
+            raise CheckpointFailure(f"{self.evaluation_file} is no evaluation: it lacks {min(missing)!r}; {again}")
+        return found
+
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
             return []
@@ -92,11 +111,11 @@ class RunFolder:
 
 
 class Tracker:
-    """metrics.jsonl and TensorBoard, the same numbers in both."""
+    """metrics.jsonl and TensorBoard, the same numbers in both; ``step`` is the last update that stands in them."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, step: int) -> None:
         self._file = folder.metrics_file.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"))
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float | int]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from danceopd.distill.step import route_gradient_cosines
 from danceopd.recipe import Recipe, TrainPart
 from danceopd.states import NetworkCalls, StepResult
-from danceopd.training.assemble import Assembly, assemble, autocast
+from danceopd.training.assemble import Assembly, LoadedModels, assemble, autocast, load_models
 from danceopd.training.checkpoint import (
     CheckpointFailure,
     TrainingState,
     check_hashes,
     latest_checkpoint,
     load_checkpoint_state,
+    load_method_state,
     load_tensors,
     pack_generator,
     restore_optimizer,
@@ -38,6 +39,10 @@ from danceopd.training.run_folder import RunFolder, Tracker
 
 class NonFiniteLoss(RuntimeError):
     """A route's loss became infinite or not a number; nothing was saved after it."""
+
+
+class SeveralProcesses(RuntimeError):
+    """The run was started as several processes, which is not supported."""
 
 
 class Interrupted(RuntimeError):
@@ -61,7 +66,9 @@ class Trainer:
         keep_freed_memory()
         self.accelerator = Accelerator(cpu=self.assembly.method.device == torch.device("cpu"))
         if self.accelerator.num_processes > 1:
-            raise RuntimeError(f"one process is supported, found {self.accelerator.num_processes}")
+            raise SeveralProcesses(
+                f"a run has one process, found {self.accelerator.num_processes}; start it without a launcher"
+            )
         parameters = list(student.parameters.values())
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(parameters, recipe.train))
         self.ema = EMA(parameters, recipe.train.ema_decay)
@@ -81,10 +88,15 @@ class Trainer:
             self.folder.forget_metrics_after(0)
             return
         state = load_checkpoint_state(path)
-        check_hashes(state.hashes, self.assembly.hashes)
+        check_hashes(state.hashes, self.assembly.hashes, "resumed")
         load_tensors(path, "student", self._live())
         load_tensors(path, "ema", self._averaged())
-        restore_optimizer(self.optimizer, path)
+        if state.step:  # before the first update an optimiser has no state
+            restore_optimizer(self.optimizer, path)
+        try:
+            self.assembly.method.load_state(load_method_state(path))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointFailure(f"{path / 'method.safetensors'} does not fit this run: {error}") from error
         self.step, self.ema.updates, self.seconds = state.step, state.ema_updates, state.seconds
         self.calls = NetworkCalls(**state.calls)
         self.generator.set_state(unpack_generator(state.generator))
@@ -102,7 +114,7 @@ class Trainer:
             NonFiniteLoss, Interrupted, CheckpointFailure.
         """
         part = self.assembly.recipe.train
-        tracker = Tracker(self.folder)
+        tracker = Tracker(self.folder, self.step)
         try:
             with _stop_requests() as stop, _progress() as progress:
                 task = progress.add_task("training", total=part.steps, completed=self.step, loss="")
@@ -112,6 +124,7 @@ class Trainer:
                     started = time.monotonic()
                     metrics = self.update()
                     self.seconds += time.monotonic() - started
+                    metrics |= self.diagnostics()  # neither its seconds nor its network calls are training's
                     tracker.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
                     progress.update(task, completed=self.step, loss=f"loss {metrics['loss']:.4f}")
                     saved = self.step % part.checkpointing_steps == 0 or self.step == part.steps
@@ -126,7 +139,7 @@ class Trainer:
                             self.save()
                         raise Interrupted(
                             f"{signal.Signals(number).name}: stopped after update {self.step}, which is saved; "
-                            "go on with --resume",
+                            "the same command goes on from there (train and compare with --resume)",
                             128 + number,
                         )
         finally:
@@ -139,25 +152,20 @@ class Trainer:
         rate = part.learning_rate * learning_rate_factor(self.step, part)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        routes = method.router.draw(part.batch_size, self.generator)
         cosine_due = part.gradient_cosine_steps and (self.step + 1) % part.gradient_cosine_steps == 0
         cosines: dict[tuple[str, str], float] = {}
-        results = []
-        share = 1 / part.gradient_accumulation_steps
-        for chosen in routes.chunk(part.gradient_accumulation_steps):
-            backward = None if cosine_due else lambda loss: self.accelerator.backward(loss * share)
-            with autocast(self.accelerator.device, self.assembly.recipe.train.precision):
-                result = method.step(
-                    self.assembly.student.model,
-                    batch_size=len(chosen),
-                    generator=self.generator,
-                    routes=chosen,
-                    backward=backward,
-                )
-            if cosine_due:
-                cosines = route_gradient_cosines(result, parameters)
-                self.accelerator.backward(result.loss * share)
-            results.append(result)
+        with self._autocast():
+            results = method.update(
+                self.assembly.student.model,
+                batch_size=part.batch_size,
+                micro_batches=part.gradient_accumulation_steps,
+                generator=self.generator,
+                backward=None if cosine_due else self.accelerator.backward,
+            )
+        if cosine_due:
+            (result,) = results
+            cosines = route_gradient_cosines(result, parameters)
+            self.accelerator.backward(result.loss)
         metrics = _metrics(results)
         self._refuse_non_finite(results)
         norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)))
@@ -173,6 +181,11 @@ class Trainer:
         metrics |= {"learning_rate": rate, "gradient_norm": norm}
         metrics |= {f"calls/{name}": count for name, count in asdict(self.calls).items()}
         return metrics
+
+    def diagnostics(self) -> dict[str, float | int]:
+        """Figures on what the method carries from one update to the next."""
+        with self._autocast():
+            return self.assembly.method.diagnostics(self.assembly.student.model)
 
     def save(self) -> Path:
         state = TrainingState(
@@ -190,8 +203,12 @@ class Trainer:
             student=self._live(),
             ema=self._averaged(),
             optimizer=self.optimizer,
+            method=self.assembly.method.state(),
             keep=self.assembly.recipe.train.checkpoints_total_limit,
         )
+
+    def _autocast(self):
+        return autocast(self.accelerator.device, self.assembly.recipe.train.precision)
 
     def _live(self) -> dict[str, Tensor]:
         return dict(self.assembly.student.parameters)
@@ -239,20 +256,34 @@ def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
-def load_run(folder: RunFolder, *, device: torch.device) -> tuple[Assembly, TrainingState]:
-    """A trained run's student, under its averaged weights.
+def load_run(folder: RunFolder, *, device: torch.device, purpose: str = "loaded") -> tuple[Assembly, TrainingState]:
+    """A trained run, its student under its averaged weights, with the data it was trained on.
+
+    purpose: what it is loaded to be, in errors ("scored").
 
     Raises:
-        CheckpointFailure: if there is no checkpoint, or a source changed since.
+        CheckpointFailure: if there is no checkpoint, or a source or the data changed since.
     """
     assembly = assemble(folder.read_recipe(), device=device)
+    return assembly, _load_averaged(folder, assembly, purpose)
+
+
+def load_run_models(
+    folder: RunFolder, *, device: torch.device, purpose: str = "loaded"
+) -> tuple[LoadedModels, TrainingState]:
+    """``load_run`` without the data, which may have changed or gone."""
+    loaded = load_models(folder.read_recipe(), device=device)
+    return loaded, _load_averaged(folder, loaded, purpose)
+
+
+def _load_averaged(folder: RunFolder, loaded: LoadedModels, purpose: str) -> TrainingState:
     path = latest_checkpoint(folder.checkpoints)
     if path is None:
         raise CheckpointFailure(f"{folder.path} holds no checkpoint yet")
     state = load_checkpoint_state(path)
-    check_hashes(state.hashes, assembly.hashes)
-    load_tensors(path, "ema", dict(assembly.student.parameters))
-    return assembly, state
+    check_hashes({name: state.hashes.get(name) for name in loaded.hashes}, loaded.hashes, purpose)
+    load_tensors(path, "ema", dict(loaded.student.parameters))
+    return state
 
 
 def _metrics(results: list[StepResult]) -> dict[str, float | int]:

@@ -1,7 +1,8 @@
 """Train the world's own sources from a seed: text encoder, base, realism, edit, local and global experts.
 
 Nothing here is special: the base is flow matching on scenes and prompts from scratch, every other source is ordinary
-LoRA fine-tuning of that base on its own data and on nothing else. Whatever the sources forget, they forget by that.
+LoRA fine-tuning of that base on its own data, the edit sources with a share of text-to-image batches among it. Whatever
+the sources forget, they forget by that.
 """
 
 from __future__ import annotations
@@ -19,10 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from danceopd.fields.teachers import read_safetensors
+from danceopd.fields.adapters import Lora
+from danceopd.fields.teachers import file_hash, read_metadata, recorded_targets
+from danceopd.world.generator import DATA_VERSION, SOURCE_TRAINING
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
 from danceopd.world.render import render
-from danceopd.world.tasks import GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS, draw_edit, draw_text_to_image
+from danceopd.world.tasks import (
+    GLOBAL_EDITS,
+    HARD_T2I_OFTENER,
+    LOCAL_EDITS,
+    LOCAL_EDITS_OFTENER,
+    T2I_TASKS,
+    draw_edit,
+    draw_text_to_image,
+)
 from danceopd.world.text import SentenceReader, TextEncoder, phrase_targets, slot_targets, tokenize
 
 CHECKPOINT_SECONDS = 60.0
@@ -64,20 +75,19 @@ class Stage:
     ema: float = 0.999
 
 
-HARD_TASKS_OFTENER = ("single_object", "colors", *2 * ("two_object", "counting"), *3 * ("position", "color_attr"))
 STAGES = (
     Stage(name="first", tasks=T2I_TASKS, steps=13000, learning_rate=2e-3, rank=0, start=None),
     Stage(
         name="base",
-        tasks=HARD_TASKS_OFTENER,
+        tasks=HARD_T2I_OFTENER,
         steps=12000,
         learning_rate=1.2e-3,
         rank=0,
         start="first",
         sigma_center=1.0,
     ),
-    Stage(name="edit", tasks=2 * LOCAL_EDITS + GLOBAL_EDITS, steps=3600, learning_rate=1e-3, replay=0.1),
-    Stage(name="local", tasks=LOCAL_EDITS, steps=1500, learning_rate=1e-3, replay=0.1),
+    Stage(name="edit", tasks=LOCAL_EDITS_OFTENER, steps=3600, learning_rate=1e-3, replay=0.3),
+    Stage(name="local", tasks=LOCAL_EDITS, steps=3000, learning_rate=1e-3, replay=0.1),
     Stage(name="global", tasks=GLOBAL_EDITS, steps=500, learning_rate=1e-3, replay=0.1),
     Stage(name="realism", tasks=T2I_TASKS, steps=300, learning_rate=5e-4, style="shaded"),
 )
@@ -88,7 +98,7 @@ TEXT_STEPS = 1200
 def draw_batch(rng: np.random.Generator, stage: Stage) -> tuple[Tensor, Tensor | None, list[str]]:
     """Targets [B, 3, 32, 32], source images (or None) and captions, 10 % of which are empty."""
     targets, sources, captions = [], [], []
-    tasks = HARD_TASKS_OFTENER if rng.random() < stage.replay else stage.tasks
+    tasks = HARD_T2I_OFTENER if rng.random() < stage.replay else stage.tasks
     for _ in range(stage.batch_size):
         task = tasks[rng.integers(len(tasks))]
         if task in T2I_TASKS:
@@ -110,7 +120,7 @@ def train_text_encoder(seed: int, device: torch.device, report: Callable[[str], 
     with _seeded(seed):
         encoder, reader = TextEncoder().to(device), SentenceReader().to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=2e-3, weight_decay=0.01)
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([SOURCE_TRAINING, seed, 0])
     accuracy = 0.0
     for step in range(TEXT_STEPS):
         for group in optimizer.param_groups:
@@ -163,19 +173,19 @@ def train_stage(
     device: torch.device,
     resume_file: Path,
     report: Callable[[str], None],
+    made_by: str,
     autocast: bool = True,
 ) -> dict[str, Tensor]:
     """Flow matching on the stage's data: loss = mean |v(z_sigma, sigma, c) - (eps - x)|^2, sigma logit-normal.
 
     ``trained`` is the network's own parameters or a LoRA's. Continues from ``resume_file`` where it exists and writes
-    it every minute. Returns the averaged (EMA) trained weights by name.
+    it every minute; ``made_by`` must be what it records. Returns the averaged (EMA) trained weights by name.
     """
     average = {name: weight.detach().clone() for name, weight in trained.items()}
     optimizers = _optimizers(stage, trained)
     generator = torch.Generator().manual_seed(seed)
-    rng = np.random.default_rng([seed, 1 + [item.name for item in STAGES].index(stage.name)])
+    rng = np.random.default_rng([SOURCE_TRAINING, seed, 1 + [item.name for item in STAGES].index(stage.name)])
     step, losses, started, saved = 0, [], time.monotonic(), time.monotonic()
-    made_by = fingerprint(stage, seed)
     if resume_file.exists():
         state = torch.load(resume_file, weights_only=True, map_location=device)
         _require_made_by(resume_file, state["made_by"], made_by)
@@ -247,21 +257,31 @@ def build(
     stages: tuple[Stage, ...] = STAGES,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Build every source that ``folder`` does not hold yet: NAME.safetensors for each, resumable at any point."""
+    """Build every source that ``folder`` does not hold yet: NAME.safetensors for each, resumable at any point.
+
+    Each file records, besides its settings, the SHA-256 of the text encoder (``text``) and of the source that it
+    started from (``start``).
+
+    Raises:
+        BuildError: if a file of ``folder`` was made in another way.
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    text_file, text_made_by = folder / "text.safetensors", f"{TEXT_STEPS} steps, seed {seed}"
+    text_file, text_made_by = folder / "text.safetensors", f"{TEXT_STEPS} steps, seed {seed}, data {DATA_VERSION}"
     if text_file.exists():
-        _require_made_by(text_file, read_safetensors(text_file)[1].get("made_by"), text_made_by)
+        _require_made_by(text_file, read_metadata(text_file).get("made_by"), text_made_by)
     else:
         _save(train_text_encoder(seed, device, report).state_dict(), text_file, {"made_by": text_made_by})
     encoder = TextEncoder().to(device)
     encoder.load_state_dict(load_file(text_file))
     encoder.requires_grad_(False).eval()
     for stage in stages:
-        target, made_by = folder / f"{stage.name}.safetensors", fingerprint(stage, seed)
+        target, sources = folder / f"{stage.name}.safetensors", {"text": file_hash(text_file)}
+        if stage.start is not None:
+            sources["start"] = file_hash(folder / f"{stage.start}.safetensors")
+        made_by = fingerprint(stage, seed, sources)
         if target.exists():
-            _require_made_by(target, read_safetensors(target)[1].get("made_by"), made_by)
+            _require_made_by(target, read_metadata(target).get("made_by"), made_by)
             report(f"{stage.name}: already built")
             continue
         with _seeded(seed):
@@ -274,17 +294,29 @@ def build(
             network.requires_grad_(False)
             trained = new_lora(network, stage.rank, torch.Generator().manual_seed(seed))
         average = train_stage(
-            stage, network, trained, encoder, seed=seed, device=device, resume_file=resume_file, report=report
+            stage,
+            network,
+            trained,
+            encoder,
+            seed=seed,
+            device=device,
+            resume_file=resume_file,
+            report=report,
+            made_by=made_by,
         )
-        strength = {"rank": str(stage.rank), "alpha": str(stage.rank)} if stage.rank else {}
-        _save(average, target, {"made_by": made_by, **strength})
+        metadata = {"made_by": made_by, **sources}
+        if stage.rank:
+            lora = Lora(rank=stage.rank, alpha=stage.rank, weights=average)
+            targets = recorded_targets(lora.targets)
+            metadata |= {"rank": str(stage.rank), "alpha": str(stage.rank), "targets": targets}
+        _save(average, target, metadata)
         resume_file.unlink(missing_ok=True)
         report(f"{stage.name}: built")
 
 
-def fingerprint(stage: Stage, seed: int) -> str:
-    """What a source was made by: every setting of its stage, and the seed."""
-    return json.dumps({**asdict(stage), "seed": seed}, sort_keys=True)
+def fingerprint(stage: Stage, seed: int, sources: dict[str, str]) -> str:
+    """What a source was made by: its stage's settings, the seed, the data's version, and the files it rests on."""
+    return json.dumps({**asdict(stage), "seed": seed, "data": DATA_VERSION, "sources": sources}, sort_keys=True)
 
 
 def _require_made_by(path: Path, found: str | None, needed: str) -> None:

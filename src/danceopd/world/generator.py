@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,9 @@ from danceopd.world.render import render
 from danceopd.world.tasks import (
     EDIT_TASKS,
     GLOBAL_EDITS,
+    HARD_T2I_OFTENER,
     LOCAL_EDITS,
+    LOCAL_EDITS_OFTENER,
     T2I_TASKS,
     Edit,
     TextToImage,
@@ -21,16 +24,22 @@ from danceopd.world.tasks import (
 )
 
 GENERATORS: dict[str, tuple[str, ...]] = {
-    "shapes/t2i": T2I_TASKS,
-    "shapes/edit": EDIT_TASKS,
+    "shapes/t2i": HARD_T2I_OFTENER,
+    "shapes/edit": LOCAL_EDITS_OFTENER,
     "shapes/local": LOCAL_EDITS,
     "shapes/global": GLOBAL_EDITS,
 }
-"""Names that a recipe may use, and the tasks each draws uniformly."""
+"""Names that a recipe may use, and the tasks each draws uniformly: the mixtures that the sources were trained on."""
 
-_TRAINING, _EVALUATION = 11, 12
-"""First words of the seed sequences: training and evaluation scenes come from streams that cannot meet, and the
-sources' own training uses a third (``world.build``)."""
+_TRAINING, _EVALUATION, SOURCE_TRAINING = 11, 12, 13
+"""First words of the seed sequences: a student's training, evaluation, and the sources' own training draw from streams
+that cannot meet."""
+
+
+DATA_VERSION = 1
+"""Counts the changes of what these streams draw: scenes, sentences, tasks, rendering. Raise it with each."""
+
+_DIGESTED = 8
 
 
 class GeneratedExamples:
@@ -43,7 +52,7 @@ class GeneratedExamples:
     def __init__(self, name: str, *, size: int, seed: int) -> None:
         if name not in GENERATORS:
             raise ValueError(f"unknown generator {name!r}; known: {', '.join(GENERATORS)}")
-        self.tasks, self.size, self.seed = GENERATORS[name], size, seed
+        self.name, self.tasks, self.size, self.seed = name, GENERATORS[name], size, seed
 
     def __len__(self) -> int:
         return self.size
@@ -55,6 +64,17 @@ class GeneratedExamples:
             drawn = draw_text_to_image(rng, task)
             return Example(prompt=drawn.prompt, target=torch.from_numpy(render(drawn.scene)))
         return edit_example(draw_edit(rng, task))
+
+    def digest(self) -> str:
+        """SHA-256 over the data's version, the name, the size, the seed and the first eight examples themselves."""
+        digest = hashlib.sha256(f"{DATA_VERSION} {self.name} {self.size} {self.seed}".encode())
+        for index in range(min(self.size, _DIGESTED)):
+            example = self[index]
+            digest.update(example.prompt.encode())
+            for image in (example.source, example.target):
+                if image is not None:
+                    digest.update(image.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def edit_example(edit: Edit) -> Example:

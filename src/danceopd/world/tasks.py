@@ -16,6 +16,9 @@ T2I_TASKS = ("single_object", "two_object", "counting", "colors", "position", "c
 LOCAL_EDITS = ("subject-add", "subject-replace", "subject-remove", "color_alter")
 GLOBAL_EDITS = ("background_change", "style_change")
 EDIT_TASKS = LOCAL_EDITS + GLOBAL_EDITS
+HARD_T2I_OFTENER = ("single_object", "colors", *2 * ("two_object", "counting"), *3 * ("position", "color_attr"))
+LOCAL_EDITS_OFTENER = 2 * LOCAL_EDITS + GLOBAL_EDITS
+"""What training data is drawn from, uniformly; evaluation takes every task alike."""
 
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}

@@ -1,0 +1,119 @@
+"""Verdicts: each claim of a suite, held against the interval that was measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from danceopd.comparison.results import Results
+from danceopd.comparison.statistics import as_json, detectable, paired_difference, paired_ratio
+from danceopd.comparison.suite import Suite, SuiteError
+from danceopd.comparison.suite_file import ClaimPart
+from danceopd.comparison.tables import WORDS, Table, percent, signed
+from danceopd.evaluation.statistics import Estimate
+
+REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
+
+
+def verdict(low: float, high: float, *, above: float = -math.inf, below: float = math.inf) -> str:
+    """By the interval alone: inside the claimed range, outside it, or across its edge."""
+    if above < low and high < below:
+        return REPRODUCED
+    return NOT_REPRODUCED if high < above or low > below else INCONCLUSIVE
+
+
+def settle(suite: Suite, results: Results, measures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each claim with what was measured and its verdict, as JSON; None where its methods were left out.
+
+    Raises:
+        SuiteError: if a claim's ``at`` leads to no value.
+    """
+    rng = np.random.default_rng(0)
+    settled = []
+    for claim in suite.claims:
+        if claim.measure is None:
+            settled.append(_lead(claim, results, rng))
+        else:
+            settled.append(_value(claim, suite, measures))
+    return settled
+
+
+def _lead(claim: ClaimPart, results: Results, rng: np.random.Generator) -> dict[str, Any]:
+    method, over, capability = str(claim.method), str(claim.over), str(claim.capability)
+    text = f"{method} leads {over}: {WORDS[capability]}, {WORDS[claim.view]}"
+    found: dict[str, Any] = {"text": text, "paper": claim.paper, "holds": "above 0", "kind": "difference"}
+    if method not in results.views or over not in results.views:
+        return found | {"estimate": None, "relative": None, "verdict": None}
+    one, other = (results.scores(name, results.views[name][claim.view], capability) for name in (method, over))
+    difference = paired_difference(one, other, rng)
+    ratio = paired_ratio(one, other, rng)
+    relative = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+    return found | {
+        "estimate": as_json(difference),
+        "relative": as_json(relative),
+        "verdict": verdict(difference.estimate.low, difference.estimate.high, above=0.0),
+    }
+
+
+def _value(claim: ClaimPart, suite: Suite, measures: dict[str, Any]) -> dict[str, Any]:
+    if claim.between is not None:
+        above, below = claim.between
+        holds = f"between {above:g} and {below:g}"
+    else:
+        above, below = claim.at_least or 0.0, math.inf
+        holds = f"at least {above:g}"
+    found: dict[str, Any] = {"text": claim.text, "paper": claim.paper, "holds": holds, "kind": "value"}
+    estimate = _at(measures[str(claim.measure)], str(claim.at), suite)
+    if estimate is None:
+        return found | {"estimate": None, "relative": None, "verdict": None}
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None:
+        return found | {"estimate": None, "relative": None, "verdict": None}
+    size = detectable(Estimate(estimate["value"], low, high))
+    return found | {
+        "estimate": {key: estimate[key] for key in ("value", "low", "high")} | {"detectable": round(size, 4)},
+        "relative": None,
+        "verdict": verdict(low, high, above=above, below=below),
+    }
+
+
+def _at(content: Any, path: str, suite: Suite) -> dict[str, Any] | None:
+    """The estimate at ``path``; None where it lies under a method that this comparison left out."""
+    here = content
+    for part in path.split("/"):
+        if not isinstance(here, dict) or part not in here:
+            if part in suite.recipes:
+                return None
+            known = ", ".join(here) if isinstance(here, dict) else "nothing below"
+            raise SuiteError(f"suite {suite.name!r}, claim at {path!r}: no {part!r} there; it has {known}")
+        here = here[part]
+    if not isinstance(here, dict) or "low" not in here:
+        raise SuiteError(f"suite {suite.name!r}, claim at {path!r}: this is no estimate")
+    return here
+
+
+def table(claims: list[dict[str, Any]]) -> Table:
+    """The verdicts."""
+    rows = []
+    for claim in claims:
+        estimate = claim["estimate"]
+        show = _shown(claim) if estimate else "not measured"
+        said = claim["verdict"] or ""
+        if said == INCONCLUSIVE:
+            said += f" (detectable: {estimate['detectable']:.3f})"
+        rows.append([claim["text"], claim["paper"] or "", show, claim["holds"], said])
+    note = (
+        "By the 95 % interval: reproduced where all of it lies in the claimed range, not reproduced where all of it "
+        "lies outside, else inconclusive, with the smallest effect that would be found with 80 % power."
+    )
+    return Table("Verdicts", ("claim", "paper", "measured", "holds if", "verdict"), rows, note)
+
+
+def _shown(claim: dict[str, Any]) -> str:
+    if claim["kind"] == "value":
+        estimate = claim["estimate"]
+        return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+    relative = percent(claim["relative"])
+    return signed(claim["estimate"]) + (f", relative {relative}" if relative else "")

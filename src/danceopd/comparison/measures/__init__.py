@@ -1,0 +1,44 @@
+"""What a suite measures of its students: one file each, all of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from danceopd.comparison.measures import guidance, realism, scores
+from danceopd.comparison.results import Results
+from danceopd.comparison.suite import Suite
+from danceopd.comparison.tables import Plot, Table
+from danceopd.training.assemble import Assembly
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure.
+
+    take: ``take(assembly, model, suite)``: what is kept, as JSON, of each trained student; None where the scores'
+        own record tells it already. everywhere: take it at every point, not at equal updates alone.
+    settings: what ``take`` depends on besides the run and its evaluation scenes, as JSON.
+    measure: the figures of all runs together, as JSON; pages are made of it alone.
+    tables, plots: that JSON for readers.
+    """
+
+    take: Callable[[Assembly, str, Suite], dict[str, Any]] | None
+    everywhere: bool
+    settings: Callable[[Suite], Any]
+    measure: Callable[[Suite, Results], dict[str, Any]]
+    tables: Callable[[dict[str, Any]], list[Table]]
+    plots: Callable[[dict[str, Any]], list[Plot]]
+
+
+MEASURES = {
+    "scores": Measure(scores.take, True, scores.settings, scores.measure, scores.tables, scores.plots),
+    "guidance": Measure(guidance.take, False, guidance.settings, guidance.measure, guidance.tables, guidance.plots),
+    "realism": Measure(None, False, lambda suite: None, realism.measure, realism.tables, realism.plots),
+}
+
+
+def measured(suite: Suite) -> list[str]:
+    """Names of what a suite measures; the scores always."""
+    return ["scores", *(name for name, part in suite.measures if part is not None)]

@@ -1,0 +1,202 @@
+"""Guidance absorption: what external guidance beta does to a student that was taught by a field of guidance alpha.
+
+For each student: the effective guidance g of its field under every beta, against the product law g = alpha * beta
+(``evaluation.guidance`` says where that comes from and when it holds); its text-to-image scores under every beta; and
+the practical claim: the student without guidance, one network call a step, against its teacher with guidance, two.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from danceopd.comparison.results import Point, Results
+from danceopd.comparison.statistics import as_json, mean_over_seeds, paired_difference, paired_ratio
+from danceopd.comparison.suite import Suite
+from danceopd.comparison.suite_file import GuidancePart
+from danceopd.comparison.tables import Plot, Table, number, score, signed
+from danceopd.evaluation.guidance import GuidanceSums, student_guidance, unexplained
+from danceopd.evaluation.shapes import scene_noise, score_model
+from danceopd.evaluation.statistics import Estimate
+from danceopd.report.page import COLORS, figure_url
+from danceopd.runs import model_velocities
+from danceopd.training.assemble import Assembly, autocast
+from danceopd.training.hardware import pick_device
+from danceopd.world.generator import evaluation_set
+from danceopd.world.tasks import T2I_TASKS, TextToImage
+
+
+def settings(suite: Suite) -> dict[str, Any]:
+    """The measure's part of the suite."""
+    return _part(suite).model_dump(mode="json")
+
+
+def _part(suite: Suite) -> GuidancePart:
+    part = suite.measures.guidance
+    assert part is not None
+    return part
+
+
+def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
+    """``sums``: the regression's {scale: {name: [tasks, n]}}, in float32; ``scores``: {scale: [tasks, n]}.
+
+    Scale 0 is the student's empty output; scale 1 is what ``scores`` takes, and is not scored again.
+    """
+    part, evaluate, family = _part(suite), assembly.recipe.evaluate, assembly.family
+    velocity, tasks = model_velocities(assembly)[model], len(T2I_TASKS)
+    drawn = evaluation_set(T2I_TASKS, per_task=part.prompts_per_task, seed=evaluate.seed)
+    noise = [scene_noise(evaluate.seed, task, part.prompts_per_task) for task in range(tasks)]
+    sums = student_guidance(
+        velocity,
+        assembly.base.velocity,
+        family,
+        prompts=[example.prompt for example in drawn if isinstance(example, TextToImage)],
+        noise=torch.cat(noise),
+        grid=family.grid(evaluate.num_inference_steps, evaluate.shift),
+        scales=part.scales,
+        batch_size=evaluate.batch_size,
+    )
+    scores = {}
+    with autocast(pick_device(), assembly.recipe.train.precision):
+        for scale in part.scales[1:]:
+            scored = score_model(velocity, family, "t2i", evaluate.model_copy(update={"guidance_scale": scale}))
+            scores[f"{scale:g}"] = scored.scores.round(4).tolist()
+    return {
+        "prompt_dropout": assembly.method.routes[0].dropout,
+        "sums": {
+            f"{scale:g}": {f.name: getattr(value, f.name).reshape(tasks, -1).tolist() for f in fields(value)}
+            for scale, value in sums.items()
+        },
+        "scores": scores,
+    }
+
+
+def measure(suite: Suite, results: Results) -> dict[str, Any]:
+    """Per method: alpha, prompt dropout, the empty output's guidance, its teacher, and every external scale.
+
+    Prompts and seeds are resampled; ``over_product`` is g / (alpha beta) with its interval.
+    """
+    rng = np.random.default_rng(0)
+    return {"methods": {method: _method(suite, results, method, rng) for method in results.views}}
+
+
+def _method(suite: Suite, results: Results, method: str, rng: np.random.Generator) -> dict[str, Any]:
+    recipe, updates = suite.recipes[method], results.views[method]["updates"]
+    field, steps = recipe.routes[0].field, recipe.evaluate.num_inference_steps
+    alpha = recipe.fields[field].guidance_scale
+    points = results.points[method][updates]
+    plain = results.scores(method, updates, "t2i")
+    entry: dict[str, Any] = {
+        "alpha": alpha,
+        "prompt_dropout": points[0].taken["guidance"]["prompt_dropout"],
+        "empty": as_json(_guidance(points, "0", 1.0, rng)),
+        "scales": {},
+    }
+    for scale in _part(suite).scales:
+        key = f"{scale:g}"
+        scores = plain if scale == 1.0 else np.stack([np.array(p.taken["guidance"]["scores"][key]) for p in points])
+        entry["scales"][key] = {
+            "product": round(alpha * scale, 4),
+            "guidance": as_json(_guidance(points, key, 1.0, rng)),
+            "over_product": as_json(_guidance(points, key, alpha * scale, rng)),
+            "unexplained": round(unexplained(_sums(points, key)), 4),
+            "score": as_json(mean_over_seeds(scores, rng)),
+            "calls": steps * (1 if scale == 1.0 else 2),
+        }
+    if alpha != 1.0:
+        teacher = results.source(field, "t2i")
+        entry["teacher"] = {
+            "name": field,
+            "score": as_json(mean_over_seeds(teacher[None], rng)),
+            "calls": 2 * steps,
+            "student_minus_teacher": as_json(paired_difference(plain, teacher, rng)),
+        }
+    return entry
+
+
+def _sums(points: list[Point], scale: str) -> GuidanceSums:
+    """[seeds, tasks, n] each."""
+    taken = [point.taken["guidance"]["sums"][scale] for point in points]
+    return GuidanceSums(*(np.stack([np.array(one[f.name]) for one in taken]) for f in fields(GuidanceSums)))
+
+
+def _guidance(points: list[Point], scale: str, unit: float, rng: np.random.Generator) -> Estimate:
+    """g / ``unit`` under an external scale."""
+    sums = _sums(points, scale)
+    return paired_ratio(sums.along, unit * sums.square, rng)
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    """The law, the scores as an alpha x beta grid, and the practical claim."""
+    methods = content["methods"]
+    law = []
+    for name, entry in methods.items():
+        law.append([name, f"{entry['prompt_dropout']:g}", "0", "0", number(entry["empty"]), "", ""])
+        for scale, found in entry["scales"].items():
+            law.append(
+                [
+                    name,
+                    f"{entry['prompt_dropout']:g}",
+                    scale,
+                    f"{found['product']:g}",
+                    number(found["guidance"]),
+                    number(found["over_product"]),
+                    f"{found['unexplained']:.2f}",
+                ]
+            )
+    scales = list(next(iter(methods.values()))["scales"])
+    grid = [
+        [name, f"{entry['alpha']:g}", *(score(entry["scales"][scale]["score"]) for scale in scales)]
+        for name, entry in methods.items()
+    ]
+    practice = [
+        [
+            name,
+            score(entry["scales"]["1"]["score"]),
+            str(entry["scales"]["1"]["calls"]),
+            score(entry["teacher"]["score"]),
+            str(entry["teacher"]["calls"]),
+            signed(entry["teacher"]["student_minus_teacher"]),
+        ]
+        for name, entry in methods.items()
+        if "teacher" in entry
+    ]
+    return [
+        Table(
+            "Effective guidance",
+            ("method", "prompt dropout", "beta", "alpha * beta", "g", "g / (alpha * beta)", "unexplained"),
+            law,
+            "g is the least-squares slope of the student's field on v_empty + g (v_cond - v_empty) of the frozen base, "
+            "over all states of the student's own unguided rollouts on held-out prompts; beta = 0 is its output on the "
+            "empty prompt, where the product law asks for 0. Unexplained: the share of the squared distance from "
+            "v_empty that lies off that direction.",
+        ),
+        Table("Text to image under external guidance", ("method", "alpha", *(f"beta {s}" for s in scales)), grid),
+        Table(
+            "The student without guidance against its teacher with it",
+            ("method", "student", "network calls", "teacher", "network calls", "student - teacher"),
+            practice,
+            "Network calls of one image.",
+        ),
+    ]
+
+
+def plots(content: dict[str, Any]) -> list[Plot]:
+    """g against alpha * beta, the law as a line."""
+    figure, axes = plt.subplots(figsize=(5.6, 4.6))
+    products = [found["product"] for entry in content["methods"].values() for found in entry["scales"].values()]
+    axes.plot([0, max(products)], [0, max(products)], color="#999", linewidth=1, label="product law")
+    for (name, entry), color in zip(content["methods"].items(), itertools.cycle(COLORS), strict=False):
+        found = [{"product": 0.0, "guidance": entry["empty"]}, *entry["scales"].values()]
+        style = "o-" if entry["prompt_dropout"] else "s--"
+        axes.plot(
+            [f["product"] for f in found], [f["guidance"]["value"] for f in found], style, color=color, label=name
+        )
+    axes.set(xlabel="alpha * beta", ylabel="effective guidance g")
+    axes.legend(frameon=False, fontsize=8)
+    return [Plot("Effective guidance (dashed: no prompt dropout)", figure_url(figure))]

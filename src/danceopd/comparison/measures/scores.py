@@ -1,0 +1,230 @@
+"""The scores: text to image and editing, against the sources and against the reference method."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from danceopd.comparison.results import GROUPS, Results
+from danceopd.comparison.statistics import as_json, mean_over_seeds, paired_difference, paired_ratio
+from danceopd.comparison.suite import Suite
+from danceopd.comparison.tables import WORDS, Plot, Table, number, score, signed
+from danceopd.evaluation.shapes import CAPABILITIES, score_model
+from danceopd.report.page import COLORS, figure_url
+from danceopd.runs import model_velocities
+from danceopd.training.assemble import Assembly, autocast
+from danceopd.training.hardware import pick_device
+
+
+def settings(suite: Suite) -> list[str]:
+    """The kinds of sampling that the suite's capabilities need."""
+    wanted = {GROUPS[capability][0] for capability in suite.capabilities}
+    return [kind for kind in CAPABILITIES if kind in wanted]
+
+
+def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
+    """A model's scores {kind: [tasks, n]}, and the realism reward of its text-to-image pictures."""
+    velocity, recipe = model_velocities(assembly)[model], assembly.recipe
+    taken: dict[str, Any] = {}
+    with autocast(pick_device(), recipe.train.precision):
+        for kind in settings(suite):
+            encoder = assembly.inputs.get(model)
+            scored = score_model(velocity, assembly.family, kind, recipe.evaluate, encoder=encoder)
+            taken[kind] = scored.scores.round(4).tolist()
+            if scored.realism is not None:
+                taken["realism"] = scored.realism.round(4).tolist()
+    return taken
+
+
+def measure(suite: Suite, results: Results) -> dict[str, Any]:
+    """Per view and method: overall scores with intervals, differences to the reference, ratios to the best source.
+
+    ``curve`` has every method's scores at all its points, ``runs`` each seed's task means. Everything is resampled
+    from one fixed seed, so that equal scores give equal figures.
+    """
+    rng = np.random.default_rng(0)
+    best = {
+        capability: max(results.sources, key=lambda name, c=capability: results.source(name, c).mean())
+        for capability in suite.capabilities
+    }
+    content: dict[str, Any] = {
+        "reference": suite.reference,
+        "best_source": best,
+        "paper": None if suite.paper is None else suite.paper.model_dump(),
+        "sources": {
+            name: {c: as_json(mean_over_seeds(results.source(name, c)[None], rng)) for c in suite.capabilities}
+            for name in results.sources
+        },
+        "views": {"updates": {}} | ({} if suite.compute is None else {"compute": {}}),
+        "curve": {},
+        "runs": {},
+    }
+    for method, views in results.views.items():
+        for view, updates in views.items():
+            content["views"][view][method] = _entry(results, suite, method, view, updates, best, rng)
+        content["curve"][method] = [
+            _spent(results, method, updates)
+            | {c: as_json(mean_over_seeds(results.scores(method, updates, c), rng)) for c in suite.capabilities}
+            for updates in results.points[method]
+        ]
+        content["runs"][method] = {
+            str(updates): {c: results.scores(method, updates, c).mean(2).round(4).tolist() for c in suite.capabilities}
+            for updates in results.points[method]
+        }
+    return content
+
+
+def _spent(results: Results, method: str, updates: int) -> dict[str, Any]:
+    points = results.points[method][updates]
+    return {
+        "updates": updates,
+        "compute": round(float(np.mean([point.compute for point in points])), 1),
+        "seconds": round(float(np.mean([point.seconds for point in points])), 1),
+    }
+
+
+def _entry(
+    results: Results,
+    suite: Suite,
+    method: str,
+    view: str,
+    updates: int,
+    best: dict[str, str],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    entry = _spent(results, method, updates)
+    for capability in suite.capabilities:
+        scores = results.scores(method, updates, capability)
+        tasks = dict(zip(GROUPS[capability][1], scores.mean(axis=(0, 2)).round(4).tolist(), strict=True))
+        source = results.source(best[capability], capability)
+        entry[capability] = {
+            "overall": as_json(mean_over_seeds(scores, rng)),
+            "tasks": tasks,
+            "of_best_source": as_json(paired_ratio(scores, source, rng)),
+        }
+        if suite.reference in results.views and method != suite.reference:
+            theirs = results.scores(suite.reference, results.views[suite.reference][view], capability)
+            entry[capability]["minus_reference"] = as_json(paired_difference(scores, theirs, rng))
+    return entry
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    """The sources, and a table for each view."""
+    capabilities = list(content["best_source"])
+    paper = (content["paper"] or {}).get("figures", {})
+    rows = [[name, *(score(scores[c]) for c in capabilities)] for name, scores in content["sources"].items()]
+    header = ["source", *(WORDS[c] for c in capabilities)]
+    made = [_with_paper(Table("Sources", tuple(header), rows), paper)]
+    for view, methods in content["views"].items():
+        header = ["method", "updates", "forward-equivalents", "seconds"]
+        for capability in capabilities:
+            header += [WORDS[capability], f"of {content['best_source'][capability]}'s", "Δ"]
+        rows = []
+        for name, entry in methods.items():
+            row = [name, f"{entry['updates']}", f"{entry['compute']:,.0f}", f"{entry['seconds']:.0f}"]
+            for capability in capabilities:
+                found = entry[capability]
+                row += [
+                    score(found["overall"]),
+                    number(found["of_best_source"]),
+                    signed(found.get("minus_reference")),
+                ]
+            rows.append(row)
+        table = Table(
+            f"At {WORDS[view]}", tuple(header), rows, _detectable(methods, content), bold=content["reference"]
+        )
+        made.append(_with_paper(table, paper))
+    return made
+
+
+def _with_paper(table: Table, figures: dict[str, str]) -> Table:
+    """The table with the paper's figures as its last column, where there is one for any row."""
+    column = [figures.get(row[0], "") for row in table.rows]
+    if not any(column):
+        return table
+    rows = [[*row, figure] for row, figure in zip(table.rows, column, strict=True)]
+    return Table(table.title, (*table.header, "paper"), rows, table.note, table.bold)
+
+
+def _detectable(methods: dict[str, Any], content: dict[str, Any]) -> str:
+    found = [
+        entry[capability]["minus_reference"]["detectable"]
+        for entry in methods.values()
+        for capability in content["best_source"]
+        if "minus_reference" in entry[capability]
+    ]
+    if not found:
+        return "Nothing was compared with the reference."
+    return (
+        f"Δ is the paired difference to {content['reference']}, on the same scenes and noise. The smallest difference "
+        f"that this would find with 80 % power is {min(found):.3f} to {max(found):.3f}."
+    )
+
+
+def plots(content: dict[str, Any]) -> list[Plot]:
+    """Score against compute, two capabilities as a plane, tasks as bars."""
+    made = [Plot("Score against compute", _compute_plot(content))]
+    if len(content["best_source"]) > 1:
+        made.append(Plot("Two capabilities, at equal updates (stars: sources)", _plane_plot(content)))
+    return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
+
+
+def _method_colors(content: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(content["views"]["updates"], itertools.cycle(COLORS), strict=False))
+
+
+def _axes(count: int, across: bool) -> tuple[Any, list[Any]]:
+    shape, size = ((1, count), (4.8 * count, 3.6)) if across else ((count, 1), (9.6, 2.8 * count))
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _compute_plot(content: dict[str, Any]) -> str:
+    figure, all_axes = _axes(len(content["best_source"]), across=True)
+    for axes, capability in zip(all_axes, content["best_source"], strict=True):
+        for name, color in _method_colors(content).items():
+            points = sorted(content["curve"][name], key=lambda point: point["compute"])
+            low, value, high = (np.array([point[capability][key] for point in points]) for key in _LOW_VALUE_HIGH)
+            compute = [max(point["compute"], 1.0) for point in points]
+            spans = [value - low, high - value]
+            axes.errorbar(compute, value, yerr=spans, marker="o", color=color, capsize=3, label=name)
+        axes.set(xscale="log", xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
+    all_axes[0].legend(frameon=False, fontsize=8)
+    return figure_url(figure)
+
+
+_LOW_VALUE_HIGH = ("low", "value", "high")
+
+
+def _plane_plot(content: dict[str, Any]) -> str:
+    first, second = list(content["best_source"])[:2]
+    figure, axes = plt.subplots(figsize=(5.6, 4.6))
+    for name, scores in content["sources"].items():
+        place = scores[first]["value"], scores[second]["value"]
+        axes.plot(*place, "*", markersize=12, color="#999")
+        axes.annotate(name, place, color="#777", fontsize=8)
+    for name, color in _method_colors(content).items():
+        x, y = (content["views"]["updates"][name][capability]["overall"] for capability in (first, second))
+        spans = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (x, y)]
+        axes.errorbar(x["value"], y["value"], xerr=spans[0], yerr=spans[1], fmt="o", color=color, capsize=2)
+        axes.annotate(name, (x["value"], y["value"]), textcoords="offset points", xytext=(5, 5), color=color)
+    axes.set(xlabel=WORDS[first], ylabel=WORDS[second])
+    return figure_url(figure)
+
+
+def _task_plot(content: dict[str, Any]) -> str:
+    methods = content["views"]["updates"]
+    figure, all_axes = _axes(len(content["best_source"]), across=False)
+    width = 0.8 / len(methods)
+    for axes, capability in zip(all_axes, content["best_source"], strict=True):
+        for index, (name, color) in enumerate(_method_colors(content).items()):
+            tasks = methods[name][capability]["tasks"]
+            places = np.arange(len(tasks)) + (index - len(methods) / 2 + 0.5) * width
+            axes.bar(places, list(tasks.values()), width, color=color, label=name)
+            axes.set_xticks(range(len(tasks)), list(tasks))
+        axes.set(ylabel="score", ylim=(0, 1), title=WORDS[capability])
+    all_axes[0].legend(frameon=False, fontsize=8, ncols=4)
+    return figure_url(figure)

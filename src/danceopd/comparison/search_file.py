@@ -1,0 +1,83 @@
+"""``SUITE.search.json``: which settings were tried for each method, what they gave, and which were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+RULE = (
+    "Each capability's score is divided by its best source's on the search's scenes. Of a method's trials whose "
+    "smallest ratio is at least 0.8 of the largest smallest ratio among them, the one with the highest mean ratio is "
+    "chosen, the first of equals: the best mean, unless it sacrifices one capability."
+)
+_LEAST_SHARE = 0.8
+
+
+class SearchMismatch(ValueError):
+    """A search file cannot serve its suite."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Trial(_Part):
+    """settings: {dotted key: value}; scores and ratios (to the best source): by capability, mean over seeds."""
+
+    settings: dict[str, Any]
+    scores: dict[str, float]
+    ratios: dict[str, float]
+
+    @property
+    def mean_ratio(self) -> float:
+        return sum(self.ratios.values()) / len(self.ratios)
+
+
+class MethodSearch(_Part):
+    """All trials of a method, and the settings chosen."""
+
+    trials: tuple[Trial, ...]
+    chosen: dict[str, Any]
+
+
+class SearchFile(_Part):
+    """The file. fits: of the suite that it belongs to; hashes: of its sources."""
+
+    suite: str
+    fits: str
+    rule: str
+    updates: int
+    seeds: tuple[int, ...]
+    scenes_seed: int
+    scenes_per_task: int
+    hashes: dict[str, str]
+    methods: dict[str, MethodSearch]
+
+
+def choose(trials: tuple[Trial, ...]) -> Trial:
+    """The trial that ``RULE`` chooses."""
+    smallest = [min(trial.ratios.values()) for trial in trials]
+    balanced = [trial for trial, ratio in zip(trials, smallest, strict=True) if ratio >= _LEAST_SHARE * max(smallest)]
+    return max(balanced, key=lambda trial: trial.mean_ratio)
+
+
+def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
+    """Read a search file.
+
+    Raises:
+        SearchMismatch: if it is damaged, was made for another recipe, methods or grid, or chose against its scores.
+    """
+    try:
+        content = SearchFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValidationError) as error:
+        raise SearchMismatch(f"{path} is not a search file: {error}") from error
+    again = f"search again (danceopd search {path.with_name(path.name.replace('.search.json', '.yaml'))})"
+    if content.fits != fits or content.methods.keys() != methods:
+        raise SearchMismatch(f"{path} was made for another recipe, methods or grid than the suite's; {again}")
+    for name, method in content.methods.items():
+        if method.chosen != choose(method.trials).settings:
+            raise SearchMismatch(f"{path}: what is chosen for {name!r} is not what its trials give; {again}")
+    return content

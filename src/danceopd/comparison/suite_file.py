@@ -1,0 +1,169 @@
+"""The content of a suite's file. Every key is documented where it stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from danceopd.comparison.results import GROUPS
+from danceopd.recipe import MAX_SEED
+from danceopd.recipe.wording import nearest
+
+
+class SuitePart(BaseModel):
+    """Strict: unknown keys fail, and nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class GuidancePart(SuitePart):
+    """Measure the students' effective guidance, and their scores under external guidance."""
+
+    scales: tuple[float, ...] = Field(min_length=1, strict=False, description="External guidance scales beta; 1 first.")
+    prompts_per_task: int = Field(default=16, ge=2, description="Held-out prompts per task of the regression.")
+
+    @model_validator(mode="after")
+    def _unguided_first(self) -> GuidancePart:
+        if self.scales[0] != 1.0 or len(set(self.scales)) != len(self.scales) or min(self.scales) <= 0:
+            raise ValueError(f"scales are different positive numbers of which 1 is the first, found {self.scales}")
+        return self
+
+
+class RealismPart(SuitePart):
+    """Measure the share of the realism gap between base and teacher that the students close."""
+
+    teacher: str = Field(description="The field that was tuned for the reward.")
+
+
+class MeasuresPart(SuitePart):
+    """What is measured besides the scores."""
+
+    guidance: GuidancePart | None = Field(default=None, description="Absorbed guidance.")
+    realism: RealismPart | None = Field(default=None, description="Absorbed realism.")
+
+
+class SearchPart(SuitePart):
+    """The settings search: every method's grid has the same number of trials, on seeds and scenes of its own."""
+
+    updates: int = Field(ge=1, description="Optimiser updates of a trial.")
+    seeds: tuple[int, ...] = Field(min_length=1, strict=False, description="Training seeds; never the suite's own.")
+    scenes_seed: int = Field(ge=0, le=MAX_SEED, description="Seed of the scenes that decide; never the evaluation's.")
+    scenes_per_task: int = Field(ge=2, description="Scenes per task that decide.")
+    capabilities: tuple[str, ...] = Field(
+        min_length=1, strict=False, description="Capabilities whose ratios to their best source decide."
+    )
+    grid: dict[str, dict[str, list[Any]]] = Field(
+        min_length=1, description="Each method's {dotted key: values}; all combinations are tried."
+    )
+
+
+class ClaimPart(SuitePart):
+    """A claim and where its interval must lie.
+
+    Either a method over another (``method``, ``over``, ``capability``, ``view``), which holds above 0; or a measured
+    value (``text``, ``measure``, ``at``) with ``at_least`` or ``between``.
+    """
+
+    method: str | None = Field(default=None, description="The method that should lead.")
+    over: str | None = Field(default=None, description="The method that it should lead.")
+    capability: str | None = Field(default=None, description="In which capability.")
+    view: Literal["updates", "compute"] = Field(default="updates", description="At equal updates or equal compute.")
+    text: str | None = Field(default=None, description="The claim in words.")
+    measure: Literal["scores", "guidance", "realism"] | None = Field(default=None, description="Whose value.")
+    at: str | None = Field(default=None, description="Where in the measure's JSON: names joined by '/'.")
+    at_least: float | None = Field(default=None, description="The value that it should reach.")
+    between: tuple[float, float] | None = Field(
+        default=None, strict=False, description="The values that it should lie between."
+    )
+    paper: str | None = Field(default=None, description="What the paper reports.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ClaimPart:
+        leads = [self.method, self.over, self.capability]
+        value = [self.text, self.measure, self.at]
+        bounds = [self.at_least, self.between]
+        if None not in leads and value == [None] * 3 and bounds == [None] * 2:
+            return self
+        if None not in value and leads == [None] * 3 and bounds.count(None) == 1:
+            return self
+        raise ValueError(
+            "a claim is {method, over, capability, view} or {text, measure, at} with one of at_least and between"
+        )
+
+
+class PaperPart(SuitePart):
+    """The paper's figures, put beside ours."""
+
+    what: str = Field(description="What the figures are.")
+    figures: dict[str, str] = Field(description="By method or source.")
+
+
+class SuiteFile(SuitePart):
+    """The content of a suite's YAML file."""
+
+    version: int = Field(ge=1, le=1, description="Version of this format.")
+    title: str = Field(description="A line for the report.")
+    recipe: dict[str, Any] = Field(description="The recipe that all methods share; output is the suite's own.")
+    updates: int = Field(ge=1, description="Optimiser updates at which methods are compared.")
+    compute: float | None = Field(
+        default=None, gt=0, description="Forward-equivalents of a run at which they are compared too."
+    )
+    points: tuple[int, ...] = Field(default=(), strict=False, description="Further updates to score, for the curve.")
+    seeds: int = Field(ge=1, description="Training seeds 0..n-1.")
+    reference: str = Field(description="The method that all others are compared with.")
+    capabilities: tuple[str, ...] = Field(
+        default=("t2i", "edit"), min_length=1, strict=False, description=f"Of {', '.join(GROUPS)}; what is scored."
+    )
+    measures: MeasuresPart = MeasuresPart()
+    search: SearchPart | None = Field(default=None, description="The settings search; see SearchPart.")
+    claims: tuple[ClaimPart, ...] = Field(default=(), strict=False, description="What the paper claims.")
+    paper: PaperPart | None = Field(default=None, description="The paper's figures.")
+    methods: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="Each method's changes to the shared recipe, {dotted key: value}; shared ones that would do "
+        "nothing for it are left out.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SuiteFile:
+        _require_known("reference", [self.reference], self.methods)
+        _require_known("capabilities", self.capabilities, GROUPS)
+        if any(count < 1 for count in self.points):
+            raise ValueError(f"points: updates are at least 1, found {self.points}")
+        if self.measures != MeasuresPart() and "t2i" not in self.capabilities:
+            raise ValueError("measures: guidance and realism are measured on text to image; add t2i to capabilities")
+        for index, claim in enumerate(self.claims):
+            methods = [name for name in (claim.method, claim.over) if name is not None]
+            _require_known(f"claims.{index}", methods, self.methods)
+            _require_known(f"claims.{index}.capability", [claim.capability or self.capabilities[0]], self.capabilities)
+            if claim.view == "compute" and self.compute is None:
+                raise ValueError(f"claims.{index}.view: this suite has no 'compute'")
+            if claim.measure not in (None, "scores") and getattr(self.measures, claim.measure) is None:
+                raise ValueError(f"claims.{index}.measure: this suite does not measure {claim.measure!r}")
+        if self.search is not None:
+            _check_search(self.search, self)
+        return self
+
+
+def _check_search(search: SearchPart, suite: SuiteFile) -> None:
+    _require_known("search.grid", search.grid, suite.methods)
+    _require_known("search.capabilities", search.capabilities, suite.capabilities)
+    left_out = [name for name in suite.methods if name not in search.grid]
+    if left_out:
+        raise ValueError(f"search.grid: every method is searched alike, and {left_out[0]!r} is not there")
+    counts = {name: math.prod(len(values) for values in grid.values()) for name, grid in search.grid.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"search.grid: every method gets the same number of trials, found {listed}")
+    shared = sorted(set(search.seeds) & set(range(suite.seeds)))
+    if shared:
+        raise ValueError(f"search.seeds: seed {shared[0]} is one that the suite reports; choose others")
+
+
+def _require_known(where: str, found: Iterable[str], known: Collection[str]) -> None:
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{where}: {name!r} is none of {', '.join(known)}{nearest(name, known)}")

@@ -1,0 +1,278 @@
+"""DanceOPD on streaming rollouts: the pass that trains a state of the student's is also the step that leaves it.
+
+A pool of trajectories is in flight, each at a step of its own. An update trains some of them where they are, and moves
+all of them one Euler step on with the velocity that the student was just asked for. A trajectory that is past the query
+band is replaced by a new one on its route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from danceopd.distill.losses import UpdateLosses
+from danceopd.distill.matching import VelocityMatching
+from danceopd.distill.pool import Pool, Trajectories, begin
+from danceopd.distill.rollout import rollout
+from danceopd.distill.routing import Route
+from danceopd.distill.schedule import Grid
+from danceopd.distill.selection import choose, inclusion_probabilities
+from danceopd.distill.solver import euler_step
+from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
+
+NEGLIGIBLE = 0.01
+"""Trajectories end where no step to come has this share of an even band's mass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingDanceOPD(VelocityMatching):
+    """``DanceOPD`` with ``states="student"``, its rollouts carried along from update to update.
+
+    pool: trajectories in flight, P. A route has its share of them for good (per step: all routes the same), spread
+        evenly over the steps.
+    batch_size: trained states of an update, A, that ``expected_calls`` and the demands on the pool are about.
+    staleness_updates: updates between measurements of staleness in ``diagnostics``; 0 for never.
+
+    An update trains as many trajectories of each route as its samples were routed there. One at step j is among them
+    with probability min(1, c p(j)), p the query band and c such that the number is exact; see ``selection``.
+
+    Raises:
+        ValueError: for a band over sigma or several queries per rollout, or a pool that is too small for a route.
+    """
+
+    pool: int
+    batch_size: int
+    staleness_updates: int = 0
+    trajectories: Pool = field(default_factory=Pool, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.query.over != "step":
+            raise ValueError(
+                f"streaming rollouts need a query band over 'step', found {self.query.over!r}: they train the states "
+                "that a trajectory passes, and a sigma between grid points is none"
+            )
+        for route in self.routes:
+            if route.grid is not None or route.query is not None:
+                raise ValueError(
+                    f"streaming rollouts share one number of steps and one band, and route {route.name!r} has its own"
+                )
+        if self.query.per_rollout != 1:
+            raise ValueError(
+                f"streaming rollouts need per_rollout 1, found {self.query.per_rollout}: how often a trajectory is "
+                "trained follows from the pool"
+            )
+        trainable = int((self.mass > 0).sum())
+        for route, members, most in zip(self.routes, self.members.tolist(), self._most_samples(), strict=True):
+            if members * trainable // self.length < most:
+                raise ValueError(
+                    f"a pool of {self.pool} is too small: an update may train {most} samples of route {route.name!r}, "
+                    f"which has {members} trajectories ({trainable} of their {self.length} steps are in the band)"
+                )
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """The band's mass at each step of a trajectory: float64 [T], T <= N."""
+        last = (self._band >= NEGLIGIBLE / len(self._band)).nonzero().max()
+        return self._band[: int(last) + 1]
+
+    @cached_property
+    def _band(self) -> Tensor:
+        """The band's mass at each step of the grid, whatever the latents' shape: float64 [N]."""
+        return self.query.step_probabilities(self.routes[0].typical_grid(self.grid))
+
+    @property
+    def length(self) -> int:
+        """T: the steps of a trajectory."""
+        return len(self.mass)
+
+    @cached_property
+    def members(self) -> Tensor:
+        """Trajectories of each route: int64 [M], their sum the pool."""
+        shares = self.router.shares if self.per == "sample" else torch.ones(len(self.routes)).double()
+        return (shares.cumsum(0) / shares.sum() * self.pool).round().long().diff(prepend=torch.zeros(1).long())
+
+    def _most_samples(self) -> list[int]:
+        """Samples of each route in an update, at most."""
+        if self.per == "step" or not self.stratified:
+            return [self.batch_size] * len(self.routes)
+        return (self.router.shares * self.batch_size - 1e-9).ceil().long().tolist()
+
+    def selection(self) -> Tensor:
+        """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T]."""
+        shares, members = self.router.shares.tolist(), self.members.tolist()
+        rows = []
+        for share, count in zip(shares, members, strict=True):
+            trained = self.batch_size * (1 if self.per == "step" else share)
+            often = share if self.per == "step" else 1.0
+            rows.append(often * inclusion_probabilities(self.mass, trained * self.length / count))
+        return torch.stack(rows)
+
+    def expected_calls(self) -> ExpectedCalls:
+        """Per trained sample P / A - 1 calls that only walk, less those that would leave a trajectory's last step."""
+        ended = self.members.double() / self.length * (1 - self.selection()[:, -1])
+        walked = self.pool - self.batch_size - float(ended.sum())
+        return ExpectedCalls(
+            rollout=walked / self.batch_size,
+            field=self.over_routes(_field_calls).field,
+            train=1.0,
+            once=self.pool * (self.length - 1) / 2,
+        )
+
+    def step(
+        self,
+        student: nn.Module,
+        *,
+        batch_size: int,
+        generator: torch.Generator,
+        routes: Tensor | None = None,
+        backward: Callable[[Tensor], None] | None = None,
+        micro_batches: int = 1,
+    ) -> StepResult:
+        """Loss of one update on the live student; arguments as in ``DanceOPD.step``. All trajectories move one step.
+
+        micro_batches: equal passes that the trained states, and those that only walk, are divided into.
+
+        Raises:
+            ValueError: if a route has fewer trajectories in the band than samples.
+        """
+        chosen = self.router.draw(batch_size, generator) if routes is None else routes
+        calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator)
+        losses = UpdateLosses(self.routes, batch_size, backward)
+        moved = []
+        for members, trained in self._select(chosen, generator):
+            sigmas = members.batch.grid.sigmas
+            sigma, there = sigmas[members.step].to(self.device), sigmas[members.step + 1].to(self.device)
+            velocity = torch.zeros_like(members.z)
+            for rows in _parts(trained, micro_batches):
+                part, at = members[rows], Query(members.step[rows, None], sigmas[members.step[rows, None]])
+                matched = self.match(student, part.batch, part.z, at)
+                losses.add(part.batch.route, matched.losses, at.sigma[:, 0])
+                velocity[rows.to(self.device)] = matched.velocity.detach().float()
+                calls += matched.calls
+            walking = ~trained & (members.step + 1 < self.length)
+            for rows in _parts(walking, micro_batches):
+                part = members[rows]
+                with torch.no_grad():
+                    v = student(part.z, sigma[rows.to(self.device)], part.batch.condition)
+                velocity[rows.to(self.device)] = v.float()
+                calls += NetworkCalls(rollout=len(rows))
+            z = euler_step(members.z, velocity, sigma, there)
+            moved.append(replace(members, z=z, step=members.step + 1, age=members.age + 1))
+        self._replace_ended(moved, generator)
+        self.trajectories.updates += 1
+        return losses.result(calls)
+
+    def update(
+        self,
+        student: nn.Module,
+        *,
+        batch_size: int,
+        micro_batches: int,
+        generator: torch.Generator,
+        backward: Callable[[Tensor], None] | None = None,
+    ) -> list[StepResult]:
+        """One step of all trajectories, however many passes it takes: the choice is made over the whole pool."""
+        passes = {"micro_batches": micro_batches, "backward": backward}
+        return [self.step(student, batch_size=batch_size, generator=generator, **passes)]
+
+    def state(self) -> dict[str, Tensor]:
+        return self.trajectories.state()
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.trajectories.load_state(tensors, self.device, self.grid)
+        if len(self.trajectories) not in (0, self.pool):
+            raise ValueError(f"found {len(self.trajectories)} trajectories, needed {self.pool}")
+
+    def diagnostics(self, student: nn.Module) -> dict[str, float | int]:
+        """Mean age; how often each step was trained, and how far that is from the band; staleness where it is due.
+
+        band_distance: total variation between the trained steps so far and the query band, in [0, 1].
+        staleness: see ``staleness``, mean over the trajectories past step 0.
+        """
+        pool = self.trajectories
+        trained = pool.trained.double()
+        distance = (trained / trained.sum() - self._band).abs().sum() / 2
+        figures: dict[str, float | int] = {
+            "pool/age": float(torch.cat([group.age for group in pool.groups]).double().mean()),
+            "pool/band_distance": float(distance),
+        }
+        figures |= {f"pool/trained_at_step/{step:02d}": count for step, count in enumerate(pool.trained.tolist())}
+        if self.staleness_updates and pool.updates % self.staleness_updates == 0:
+            far = torch.cat([staleness(student, group).cpu() for group in pool.groups])
+            past = torch.cat([group.step for group in pool.groups]) > 0
+            figures["pool/staleness"] = float(far[past].mean())
+        return figures
+
+    def _select(self, chosen: Tensor, generator: torch.Generator) -> list[tuple[Trajectories, Tensor]]:
+        """The groups of the pool, each with which of it are trained (bool [n]).
+
+        chosen: int64 [A], the route of each trained state.
+        """
+        pool = self.trajectories
+        route = torch.cat([group.batch.route for group in pool.groups])
+        step = torch.cat([group.step for group in pool.groups])
+        trained = torch.zeros(len(step), dtype=torch.bool)
+        for index in chosen.unique().tolist():
+            rows = (route == index).nonzero().squeeze(1)
+            count = int((chosen == index).sum())
+            trained[rows[choose(self.mass[step[rows]], step[rows], count, generator)]] = True
+        pool.trained += step[trained].bincount(minlength=len(self._band))
+        return list(zip(pool.groups, trained.split([len(group) for group in pool.groups]), strict=True))
+
+    @torch.no_grad()
+    def _fill(self, student: nn.Module, generator: torch.Generator) -> NetworkCalls:
+        """Start all trajectories, each rolled out afresh to a step of its own, evenly spread for every route."""
+        pool, calls = self.trajectories, 0
+        pool.trained = torch.zeros(len(self._band), dtype=torch.int64)
+        steps = [even_steps(count, self.length, generator) for count in self.members.tolist()]
+        route = torch.arange(len(steps)).repeat_interleave(self.members)
+        for step in range(self.length):
+            for new in self._begin(route[torch.cat(steps) == step], generator):
+                pool.add(replace(new, step=torch.full_like(new.step, step)))
+        for index, group in enumerate(pool.groups):
+            query = Query(group.step[:, None], group.batch.grid.sigmas[group.step[:, None]])
+            rolled = rollout(student, group.z, group.batch.condition, group.batch.grid, query)
+            pool.groups[index] = replace(group, z=rolled.states[:, 0])
+            calls += rolled.calls
+        return NetworkCalls(rollout=calls)
+
+    def _replace_ended(self, moved: list[Trajectories], generator: torch.Generator) -> None:
+        """Keep the trajectories that have steps to come, and begin one anew on the route of every other."""
+        going = [group.step < self.length for group in moved]
+        ended = [group.batch.route[~kept] for group, kept in zip(moved, going, strict=True)]
+        parts = [group[kept.nonzero().squeeze(1)] for group, kept in zip(moved, going, strict=True)]
+        self.trajectories.groups = [part for part in parts if len(part)]
+        for new in self._begin(torch.cat(ended), generator):
+            self.trajectories.add(new)
+
+    def _begin(self, route: Tensor, generator: torch.Generator) -> list[Trajectories]:
+        return [begin(batch, generator, self.device) for batch in self.batches(route, generator)]
+
+
+def even_steps(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Steps of ``count`` trajectories of ``length`` steps, evenly spread from a drawn offset on: int64 [count]."""
+    offset = torch.rand(1, generator=generator, dtype=torch.float64)
+    return ((torch.arange(count) + offset) / count * length).long().clamp_max(length - 1)
+
+
+def _field_calls(route: Route, grid: Grid) -> ExpectedCalls:
+    return ExpectedCalls(rollout=0.0, field=route.field.calls_per_velocity, train=1.0)
+
+
+def staleness(student: nn.Module, trajectories: Trajectories) -> Tensor:
+    """||z - z'|| / ||z'|| of each state, z' a fresh rollout under the present weights from the same noise: [n]."""
+    step, grid = trajectories.step[:, None], trajectories.batch.grid
+    query = Query(step, grid.sigmas[step])
+    fresh = rollout(student, trajectories.noise(), trajectories.batch.condition, grid, query).states[:, 0]
+    return (trajectories.z - fresh).flatten(1).norm(dim=1) / fresh.flatten(1).norm(dim=1)
+
+
+def _parts(chosen: Tensor, count: int) -> Sequence[Tensor]:
+    """Where ``chosen`` (bool [n]) holds, in at most ``count`` parts of about the same size."""
+    rows = chosen.nonzero().squeeze(1)
+    return rows.chunk(count) if len(rows) else ()

@@ -1,0 +1,75 @@
+"""Pictures of any family: drawn from prompts and edits, and put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from danceopd.data.examples import Example
+from danceopd.distill.solver import VelocityFunction, integrate
+from danceopd.families.family import Family
+from danceopd.recipe import EvaluatePart
+from danceopd.states import concatenate
+
+
+class Encoder(Protocol):
+    """A family, or how a field is told what a prompt asks for."""
+
+    def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Any: ...
+
+
+def guided(velocity: VelocityFunction, family: Family, guidance_scale: float) -> VelocityFunction:
+    """``velocity`` under external guidance; 1 leaves it alone."""
+    if guidance_scale == 1.0:
+        return velocity
+
+    def both(z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+        doubled = concatenate([condition, family.empty(condition)])
+        v = velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), doubled).float()
+        conditional, empty = v.chunk(2)
+        return family.guide(conditional, empty, guidance_scale)
+
+    return both
+
+
+@torch.no_grad()
+def draw(
+    velocity: VelocityFunction,
+    family: Family,
+    examples: Sequence[Example],
+    part: EvaluatePart,
+    *,
+    size: tuple[int, int] | None = None,
+    encoder: Encoder | None = None,
+) -> Tensor:
+    """Images of prompts, or of edits with sources of one size, from noise of ``part.seed``: [B, 3, H, W] in [-1, 1].
+
+    size: height and width; by default the sources', or else the family's.
+    encoder: of a field that is told something else than the student; the family by default.
+
+    Raises:
+        ValueError: if the family cannot take a prompt, a source or the size.
+    """
+    sources = [example.source for example in examples if example.source is not None]
+    condition = (encoder or family).encode([example.prompt for example in examples], sources or None)
+    own = (sources[0].shape[1], sources[0].shape[2]) if sources else family.size
+    shape = family.latent_shape(*(size or own))
+    noise = torch.randn(len(examples), *shape, generator=torch.Generator().manual_seed(part.seed))
+    grid = family.grid(part.num_inference_steps, part.shift, shape)
+    z = noise.to(condition.prompt_embeds.device)
+    return family.decode(integrate(guided(velocity, family, part.guidance_scale), z, condition, grid)).cpu()
+
+
+def side_by_side(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Images [3, h, w] in [-1, 1] in rows, each in a white cell as large as the largest: one image."""
+    height = max(image.shape[1] for row in rows for image in row)
+    width = max(image.shape[2] for row in rows for image in row)
+    whole = torch.ones(3, len(rows) * height, max(len(row) for row in rows) * width)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            h, w = image.shape[1:]
+            whole[:, y * height : y * height + h, x * width : x * width + w] = image
+    return whole

@@ -1,0 +1,136 @@
+"""Pictures of a run: samples on request, a grid now and then in training, every model side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from danceopd.data.examples import Example
+from danceopd.data.images import read_image_file, write_image_file
+from danceopd.distill.solver import VelocityFunction
+from danceopd.evaluation.pictures import draw, side_by_side
+from danceopd.recipe import EvaluatePart, RecipeError, evaluate_part
+from danceopd.training.assemble import Assembly, LoadedModels, autocast
+from danceopd.training.hardware import pick_device
+from danceopd.training.models import model_velocities
+from danceopd.training.run_folder import RunFolder
+from danceopd.training.trainer import load_run, load_run_models
+
+SHOWN = 4
+"""Inputs of each route that pictures are drawn of."""
+
+
+def sample_images(
+    folder: RunFolder,
+    *,
+    prompts: list[str],
+    image: Path | None,
+    field: str,
+    guidance_scale: float,
+    num_inference_steps: int,
+    seed: int,
+    out: Path,
+    size: tuple[int, int] | None = None,
+) -> list[Path]:
+    """Draw one PNG per prompt with the student or a named field.
+
+    size: height and width; by default the image's, or else the family's.
+
+    Raises:
+        RecipeError: for a field the run does not have, or a prompt, image or size that the family cannot take.
+        ManifestError: for an image file that cannot be read.
+    """
+    device = pick_device()
+    folder.read_recipe()  # before the lock, which would make a folder of a mistyped path
+    with folder.owned():
+        run, _ = load_run_models(folder, device=device, purpose="sampled")
+    models = model_velocities(run) | {name: value.velocity for name, value in run.fields.items()}
+    if field not in models:
+        raise RecipeError(f"{folder.path} has no field {field!r}; it has {', '.join(models)}")
+    asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed}
+    part = evaluate_part(run.recipe.evaluate.model_dump() | asked)
+    source = None if image is None else read_image_file(image)
+    examples = [Example(prompt=prompt, source=source) for prompt in prompts]
+    try:
+        with autocast(device, run.recipe.train.precision):
+            images = _draw(run, field, models[field], examples, part, size)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{field}-{seed}-{index}.png" for index in range(len(images))]
+    for path, picture in zip(paths, images, strict=True):
+        write_image_file(path, picture)
+    return paths
+
+
+def sample_grid_writer(folder: RunFolder) -> Callable[[Assembly, int], None]:
+    """Write ``samples/step-N.png``: a row of pictures per route, drawn by the averaged student."""
+
+    def write(assembly: Assembly, step: int) -> None:
+        part, student, rows = assembly.recipe.evaluate, assembly.student.model, []
+        with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
+            for examples, size in _shown_examples(assembly):
+                rows.append([_draw(assembly, "student", student, [example], part, size)[0] for example in examples])
+        folder.samples.mkdir(exist_ok=True)
+        write_image_file(folder.samples / f"step-{step:06d}.png", side_by_side(rows))
+
+    return write
+
+
+def _draw(
+    run: LoadedModels,
+    name: str,
+    velocity: VelocityFunction,
+    examples: Sequence[Example],
+    part: EvaluatePart,
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Images by a model of the run, which may hear and be guided as another family does; see ``draw``."""
+    told = run.inputs.get(name)
+    family = run.family if told is None else told.family
+    if size is None and examples[0].source is None:
+        size = run.family.size
+    return draw(velocity, family, examples, part, size=size, encoder=told)
+
+
+def _shown_examples(assembly: Assembly) -> list[tuple[list[Example], tuple[int, int] | None]]:
+    """Each route's first inputs, and the size of those that bring no picture."""
+    shown = []
+    for part, bucket in zip(assembly.recipe.routes, assembly.buckets.values(), strict=True):
+        shown.append(([bucket.source[i] for i in range(min(SHOWN, len(bucket.source)))], part.resolution))
+    return shown
+
+
+def compare_pictures(folder: RunFolder, part: EvaluatePart) -> tuple[Path, list[str], list[str]]:
+    """Draw the routes' first inputs with every model; write ``samples/evaluation.png``.
+
+    Returns:
+        The file, what its columns show, and the prompt of each row.
+
+    Raises:
+        RunFolderBusy: if another process works in the folder, which is held until the file is written.
+    """
+    folder.read_recipe()  # before the lock, which would make a folder of a mistyped path
+    with folder.owned():
+        return _compare_pictures(folder, part, pick_device())
+
+
+def _compare_pictures(folder: RunFolder, part: EvaluatePart, device: torch.device) -> tuple[Path, list[str], list[str]]:
+    assembly, _ = load_run(folder, device=device, purpose="drawn")
+    models = model_velocities(assembly)
+    rows, prompts, edits = [], [], False
+    with autocast(device, assembly.recipe.train.precision):
+        for examples, size in _shown_examples(assembly):
+            for example in examples:
+                drawn = [_draw(assembly, name, model, [example], part, size)[0] for name, model in models.items()]
+                edits = edits or example.source is not None
+                rows.append(([] if example.source is None else [example.source], drawn))
+                prompts.append(example.prompt)
+    blank = torch.ones(3, 1, 1)
+    path = folder.samples / "evaluation.png"
+    folder.samples.mkdir(exist_ok=True)
+    write_image_file(path, side_by_side([[*(source or [blank] * edits), *drawn] for source, drawn in rows]))
+    return path, ["source"] * edits + list(models), prompts

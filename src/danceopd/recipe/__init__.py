@@ -1,0 +1,34 @@
+"""The recipe: what a run is, in one strict, versioned YAML file. Nothing in it is silently ignored."""
+
+from danceopd.recipe.file import (
+    dump_recipe,
+    evaluate_part,
+    load_recipe,
+    override,
+    parse_recipe,
+    read_yaml,
+    with_absolute_files,
+)
+from danceopd.recipe.parts import MAX_SEED, METHODS, DataPart, EvaluatePart, FieldPart, RoutePart, TrainPart
+from danceopd.recipe.recipe import IDLE, Recipe
+from danceopd.recipe.wording import RecipeError
+
+__all__ = [
+    "IDLE",
+    "MAX_SEED",
+    "METHODS",
+    "DataPart",
+    "EvaluatePart",
+    "FieldPart",
+    "Recipe",
+    "RecipeError",
+    "RoutePart",
+    "TrainPart",
+    "dump_recipe",
+    "evaluate_part",
+    "load_recipe",
+    "override",
+    "parse_recipe",
+    "read_yaml",
+    "with_absolute_files",
+]

@@ -1,0 +1,222 @@
+"""The recipe: what a run is, whole, and what its parts ask of each other."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from danceopd.distill.objective import OBJECTIVES
+from danceopd.recipe.parts import (
+    METHODS,
+    DiffusionOPDPart,
+    EvaluatePart,
+    FieldPart,
+    FlowOPDPart,
+    JointPart,
+    Part,
+    QueryPart,
+    Resolution,
+    RolloutPart,
+    RoutePart,
+    RoutingPart,
+    StudentPart,
+    TrainPart,
+)
+from danceopd.recipe.wording import nearest
+
+RESERVED_NAMES = ("student", "student_start")
+"""Names that fields may not have: the student's own, in scores and on the shared backbone."""
+
+
+IDLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "joint": {"rollout": tuple(RolloutPart.model_fields)},
+    "weight_merge": {
+        "rollout": tuple(RolloutPart.model_fields),
+        "routing": tuple(RoutingPart.model_fields),
+        "train": tuple(key for key in TrainPart.model_fields if key not in ("steps", "seed", "precision")),
+    },
+}
+"""By method, the keys of shared parts that it makes no use of: joint training has no rollout, a merge no training."""
+
+
+class Recipe(Part):
+    """A whole run."""
+
+    version: Literal[1] = Field(description="Version of this format.")
+    family: str = Field(description="Model family.")
+    base: str = Field(
+        description="The base: FAMILY:NAME, or a path relative to the recipe, or org/name[@REVISION] on the hub."
+    )
+    base_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="Type of the frozen weights, the student's LoRA being float32; auto is bf16 where train.precision "
+        "is. For families over diffusers.",
+    )
+    resolution: Resolution | None = Field(
+        default=None,
+        description="Height and width (or one number) of images made of text alone, and the area to which pictures are "
+        "brought; the family's by default.",
+    )
+    embedded_guidance: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="What a guidance-distilled FLUX is told in every pass; 3.5 by default, as in its pipelines.",
+    )
+    fields: dict[str, FieldPart] = Field(min_length=1, description="Frozen fields by name.")
+    student: StudentPart = StudentPart()
+    method: str = Field(default="danceopd", description=f"One of {', '.join(METHODS)}.")
+    routes: tuple[RoutePart, ...] = Field(min_length=1, strict=False, description="One entry per capability.")
+    routing: RoutingPart = RoutingPart()
+    rollout: RolloutPart = RolloutPart()
+    query: QueryPart = QueryPart()
+    objective: str = Field(default="velocity_mse", description=f"One of {', '.join(OBJECTIVES)}.")
+    joint: JointPart = JointPart()
+    diffusion_opd: DiffusionOPDPart = DiffusionOPDPart()
+    flow_opd: FlowOPDPart = FlowOPDPart()
+    train: TrainPart = TrainPart()
+    evaluate: EvaluatePart = EvaluatePart()
+    data_cache: str | Literal[False] | None = Field(
+        default=None,
+        description="Folder of encoded prompts and images, which runs may share; by default 'cache' beside the run "
+        "folder, false for none. A family whose encoding costs next to nothing has none.",
+    )
+    output: str = Field(description="Run folder.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"unknown objective {self.objective!r}{nearest(self.objective, OBJECTIVES)}; "
+                f"known: {', '.join(OBJECTIVES)}"
+            )
+        for index, route in enumerate(self.routes):
+            if route.field not in self.fields:
+                raise ValueError(
+                    f"routes.{index}.field: there is no field {route.field!r}{nearest(route.field, self.fields)}; "
+                    f"fields: {', '.join(self.fields)}"
+                )
+            self._check_route(index, route)
+        names = [route.name or route.field for route in self.routes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"routes need different names, found {', '.join(names)}")
+        for name, part in self.fields.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"fields.{name}: a field's name is letters, digits, '_' and '-', a letter first")
+            if name in RESERVED_NAMES or (name == "base" and not part.is_base):
+                raise ValueError(f"fields.{name}: this name is taken; choose another")
+            for member in part.mixture or ():
+                if member not in self.fields or self.fields[member].mixture is not None:
+                    raise ValueError(f"fields.{name}.mixture: {member!r} is not a plain field of this recipe")
+                self._require_told_alike(f"fields.{name}.mixture", member)
+        init = self.student.init
+        for name in init if isinstance(init, dict) else [init] if init != "base" else []:
+            made = None if name not in self.fields else list(self.fields[name].references)
+            if made != ["lora"] and not (made == [] and isinstance(init, dict) and self.fields[name].base):
+                raise ValueError(f"student.init: {name!r} is neither 'base' nor the name of a LoRA field over the base")
+        if isinstance(init, dict) and all(self.fields[name].base for name in init):
+            raise ValueError("student.init: a merge needs at least one LoRA field")
+        self._check_method()
+        if self.train.optimizer == "muon" and self.student.lora is None:
+            raise ValueError(
+                "train.optimizer: 'muon' takes matrices alone and needs a LoRA student, found student.lora null"
+            )
+        return self
+
+    def _require_told_alike(self, place: str, name: str) -> None:
+        if self.fields[name].told_apart:
+            raise ValueError(
+                f"{place}: field {name!r} has a 'prompt_prefix' or a base of its own and so a condition of its own; "
+                "here every field is given the sample's"
+            )
+
+    def _check_route(self, index: int, route: RoutePart) -> None:
+        field = self.fields[route.field]
+        if field.mixture is not None and (route.guidance_scale, route.negative_prompt) != (None, None):
+            raise ValueError(f"routes.{index}: a 'mixture' takes no guidance; give it to the fields that are mixed")
+        scale = field.guidance_scale if route.guidance_scale is None else route.guidance_scale
+        if scale == 1.0 and route.negative_prompt is not None:
+            raise ValueError(f"routes.{index}.negative_prompt: needs a 'guidance_scale' other than 1")
+        if route.num_inference_steps is not None and self.method in ("joint", "weight_merge"):
+            raise ValueError(f"routes.{index}.num_inference_steps: method {self.method!r} makes no rollout")
+        if route.per_rollout is not None and "query" not in METHODS.get(self.method, ()):
+            raise ValueError(f"routes.{index}.per_rollout: method {self.method!r} makes no use of it")
+        states, steps = self.states_and_steps(route)
+        if states > steps:
+            place = "query" if route.per_rollout is None else f"routes.{index}"
+            where = "rollout" if route.num_inference_steps is None else f"routes.{index}"
+            raise ValueError(f"{place}.per_rollout {states} exceeds {where}.num_inference_steps {steps}")
+
+    def states_and_steps(self, route: RoutePart) -> tuple[int, int]:
+        """States K per rollout and steps N of the grid, on a route."""
+        return (
+            route.per_rollout or self.query.per_rollout,
+            route.num_inference_steps or self.rollout.num_inference_steps,
+        )
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"unknown method {self.method!r}{nearest(self.method, METHODS)}; known: {', '.join(METHODS)}"
+            )
+        for part in ("query", "objective", "joint", "diffusion_opd", "flow_opd"):
+            if part not in METHODS[self.method] and getattr(self, part) != Recipe.model_fields[part].default:
+                raise ValueError(f"{part}: method {self.method!r} makes no use of it")
+        if (self.method == "weight_merge") != (self.train.steps == 0):
+            raise ValueError(
+                f"train.steps: found {self.train.steps}; 0 belongs to method 'weight_merge' and to no other"
+            )
+        if self.method == "weight_merge" and not isinstance(self.student.init, dict):
+            raise ValueError("student.init: method 'weight_merge' needs {field: weight, ...}")
+        self._check_streaming()
+        if self.method == "off_policy" and self.query.states == "student":
+            raise ValueError("query.states: method 'off_policy' needs 'data' or 'teacher'")
+        if self.method == "soft_mixing" and self.query.states != "student":
+            raise ValueError("query.states: method 'soft_mixing' needs 'student'")
+        if self.method == "diffusion_opd" and self.routing.per == "step":
+            raise ValueError("routing.per: method 'diffusion_opd' holds every route in every update")
+        if self.method == "soft_mixing":
+            for route in self.routes:
+                self._require_told_alike("method 'soft_mixing'", route.field)
+        anchor, group = self.flow_opd.anchor, self.flow_opd.group_size
+        if anchor is not None and anchor not in self.fields:
+            raise ValueError(f"flow_opd.anchor: there is no field {anchor!r}; fields: {', '.join(self.fields)}")
+        if anchor is not None:
+            self._require_told_alike("flow_opd.anchor", anchor)
+        if (anchor is None) != (self.flow_opd.anchor_weight == 0):
+            raise ValueError("flow_opd: 'anchor' and a positive 'anchor_weight' belong together")
+        if self.flow_opd.gradient == "score" and group < 2:
+            raise ValueError("flow_opd.group_size: gradient 'score' needs groups of at least 2")
+        micro_batch = self.train.batch_size // self.train.gradient_accumulation_steps
+        if self.method == "flow_opd" and micro_batch % group:
+            raise ValueError(
+                f"flow_opd.group_size: a micro-batch of {micro_batch} is not a multiple of groups of {group}"
+            )
+        self._refuse_idle_keys()
+
+    def _check_streaming(self) -> None:
+        if self.rollout.mode == "fresh":
+            return
+        if self.method != "danceopd" or self.query.states != "student":
+            found = self.method if self.method != "danceopd" else f"{self.method} with query.states {self.query.states}"
+            raise ValueError(
+                f"rollout.mode: 'streaming' belongs to method 'danceopd' on the student's states, found {found}"
+            )
+        if self.query.over != "step":
+            raise ValueError(f"query.over: rollout.mode 'streaming' needs 'step', found {self.query.over!r}")
+        if self.query.per_rollout != 1:
+            raise ValueError(f"query.per_rollout: rollout.mode 'streaming' needs 1, found {self.query.per_rollout}")
+
+    def _refuse_idle_keys(self) -> None:
+        idle = dict(IDLE.get(self.method, {}))
+        if self.diffusion_opd.form == "ode":
+            idle["diffusion_opd"] = ("eta",)
+        if self.flow_opd.gradient != "score":
+            idle["flow_opd"] = ("normalize", "advantage_clip", "ratio_clip")
+        for name, keys in idle.items():
+            part = getattr(self, name)
+            for key in keys:
+                if getattr(part, key) != type(part).model_fields[key].default:
+                    raise ValueError(f"{name}.{key}: it would do nothing here, found {getattr(part, key)!r}")

@@ -1,0 +1,87 @@
+"""What is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from danceopd.families.family import Family
+from danceopd.fields.adapters import AdapterBackbone, AdapterModel, Lora, combined
+from danceopd.fields.teachers import merge_lora
+from danceopd.recipe import Recipe
+
+STUDENT, START = "student", "student_start"
+"""Adapter names on the shared backbone: the trained one, and the frozen one it may stand on."""
+
+
+class Student:
+    """What is trained, in float32: a LoRA on the fields' own backbone, or a network of its own.
+
+    ``model(z, sigma, condition)`` is the student outside every field's call.
+    """
+
+    def __init__(self, recipe: Recipe, family: Family, backbone: AdapterBackbone, start: Lora | None) -> None:
+        part = recipe.student
+        self.start = start if part.lora is None or part.init_mode == "merged" else None
+        """The LoRA that stands, frozen or merged, under what is trained."""
+        self._backbone = backbone
+        self._lora = part.lora
+        self.model: nn.Module
+        if part.lora is None:
+            self.model = family.load_model()
+            network = self.model.get_submodule("network")
+            if start is not None:
+                merge_lora(network, start)
+            self.network = network
+            network.float().requires_grad_(True)
+            self.parameters: dict[str, nn.Parameter] = dict(network.named_parameters())
+            return
+        self.network = family.network
+        if self.start is not None:
+            backbone.add(START, self.start)
+        backbone.create(
+            STUDENT,
+            rank=part.lora.rank,
+            alpha=part.lora.alpha,
+            targets=part.lora.targets or family.lora_targets,
+            generator=torch.Generator().manual_seed(recipe.train.seed),
+            start=start if part.init_mode == "trainable" else None,
+        )
+        adapters = [STUDENT] if self.start is None else [START, STUDENT]
+        backbone.activate(*adapters)
+        self.model = AdapterModel(backbone, family.model, *adapters)
+        self.parameters = dict(backbone.named_parameters(STUDENT))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights as they export: a LoRA's under PEFT's keys, or the whole network's."""
+        return self._backbone.state(STUDENT) if self._lora is not None else dict(self.network.state_dict())
+
+    def lora(self) -> Lora | None:
+        """The student as one LoRA over the ORIGINAL base, whatever it started from; None for a full student."""
+        if self._lora is None:
+            return None
+        own = {name: weight.detach().clone().float().cpu() for name, weight in self.weights().items()}
+        trained = Lora(rank=self._lora.rank, alpha=self._lora.alpha, weights=own)
+        return trained if self.start is None else combined([(self.start, 1.0), (trained, 1.0)])
+
+    @contextmanager
+    def using(self, weights: list[torch.Tensor] | None) -> Iterator[None]:
+        """The student under other trained weights (its EMA), put back afterwards."""
+        if weights is None:
+            yield
+            return
+        live = [parameter.detach().clone() for parameter in self.parameters.values()]
+        _copy(self.parameters, weights)
+        try:
+            yield
+        finally:
+            _copy(self.parameters, live)
+
+
+def _copy(parameters: dict[str, nn.Parameter], values: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters.values(), values, strict=True):
+            parameter.copy_(value)

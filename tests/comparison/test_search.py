@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import yaml
+from tiny_suites import SEARCH, write
+
+from danceopd.comparison.compare import compare, search
+from danceopd.comparison.runner import ComparisonError
+from danceopd.comparison.search_file import RULE, Trial, choose
+from danceopd.comparison.suite import SuiteError, load_suite
+from danceopd.training.trainer import Trainer
+
+
+def trial(name, *ratios):
+    return Trial(settings={"name": name}, scores={}, ratios={str(index): ratio for index, ratio in enumerate(ratios)})
+
+
+def chosen(*trials):
+    return choose(trials).settings["name"]
+
+
+def test_the_best_mean_is_chosen_unless_it_sacrifices_a_capability():
+    assert chosen(trial("even", 0.8, 0.8), trial("better", 0.75, 0.95)) == "better"
+    assert chosen(trial("even", 0.8, 0.8), trial("one-sided", 0.6, 1.2)) == "even"  # 0.6 < 0.8 of 0.8
+    assert chosen(trial("first", 0.5, 0.7), trial("second", 0.7, 0.5)) == "first"
+    assert chosen(trial("all are one-sided", 0.1, 0.9), trial("worse", 0.09, 0.8)) == "all are one-sided"
+
+
+def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):
+    path = write(tmp_path, search=SEARCH, compute=None)
+    with pytest.raises(ComparisonError, match="first: danceopd search"):
+        compare(path, out=tmp_path / "compared")
+    update, made = Trainer.update, []
+
+    def counted(trainer):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(trainer.assembly.recipe)
+        return update(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", counted)
+        with pytest.raises(KeyboardInterrupt):
+            search(path, out=tmp_path / "searched")
+    assert {recipe.train.seed for recipe in made} == {7}
+    found = search(path, out=tmp_path / "searched", resume=True)
+    assert found == tmp_path / "tiny.search.json"
+    content = json.loads(found.read_text())
+    assert content["rule"] == RULE
+    assert [len(method["trials"]) for method in content["methods"].values()] == [2, 2, 2]
+    assert content["methods"]["joint"]["trials"][1]["settings"] == {"joint.sigma_mean": 0.8}
+    assert content["methods"]["merge"]["trials"][1]["settings"] == {"student.init": {"t2i": 1.0, "edit": 2.0}}
+    files = list((tmp_path / "searched").rglob("points/*.json"))
+    times = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 6
+    search(path, out=tmp_path / "searched", resume=True)
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+    suite = load_suite(path)
+    assert suite.recipes["danceopd"].query.band == content["methods"]["danceopd"]["chosen"]["query.band"]
+    assert suite.recipes["danceopd"].evaluate.seed == 0
+    with pytest.raises(ComparisonError, match="seed 7 chose the settings of suite 'tiny'"):
+        compare(path, out=tmp_path / "compared", seeds=8)
+    out = compare(path, out=tmp_path / "compared", only=["danceopd"])
+    band = content["methods"]["danceopd"]["chosen"]["query.band"]
+    assert f"| danceopd | query.band {band} |" in (out / "comparison.md").read_text()
+
+    content["hashes"]["shapes:edit"] = "0" * 64
+    found.write_text(json.dumps(content))
+    with pytest.raises(ComparisonError, match="was made with other sources"):
+        compare(path, out=tmp_path / "compared", resume=True)
+    losing = next(t for t in content["methods"]["merge"]["trials"] if t["settings"] != _chosen(content, "merge"))
+    content["methods"]["merge"]["chosen"] = losing["settings"]
+    found.write_text(json.dumps(content))
+    with pytest.raises(SuiteError, match="what is chosen for 'merge' is not what its trials give"):
+        load_suite(path)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"search": {**SEARCH, "updates": 2}}))
+    with pytest.raises(SuiteError, match="made for another recipe, methods or grid"):
+        load_suite(path)
+    found.write_text("{}")
+    with pytest.raises(SuiteError, match="is not a search file"):
+        load_suite(path)
+
+
+def _chosen(content, method):
+    return content["methods"][method]["chosen"]
+
+
+def test_a_suite_without_a_search_cannot_be_searched(tmp_path):
+    with pytest.raises(SuiteError, match="declares no search"):
+        search(write(tmp_path), out=tmp_path / "searched")

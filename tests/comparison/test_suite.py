@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_suites import SEARCH, TINY, write
+
+from danceopd.comparison.suite import SuiteError, load_suite, updates_within
+from danceopd.training.assemble import assemble
+
+SUITES = sorted((Path(__file__).parents[2] / "suites").glob("*.yaml"))
+LEAD = {"method": "danceopd", "over": "joint", "capability": "edit"}
+VALUE = {"text": "it holds", "measure": "scores", "at": "views/updates/danceopd/edit/of_best_source"}
+
+
+def grid(**changes):
+    return {"search": {**SEARCH, "grid": {**SEARCH["grid"], **changes}}}
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_shipped_suites_are_valid(path):
+    suite = load_suite(path)
+    assert suite.reference in suite.recipes
+    for name in suite.recipes:
+        assemble(suite.recipes[name], device=torch.device("cpu"))
+
+
+def test_all_methods_read_the_same_training_inputs_in_the_same_order():
+    suite = load_suite(next(path for path in SUITES if path.stem == "t2i_edit"))
+    read = []
+    for method in suite.recipes:
+        recipe = suite.run_recipe(method, seed=3, updates=1, root=Path("unused"))
+        buckets = assemble(recipe, device=torch.device("cpu")).buckets
+        read.append({name: [example.prompt for example in bucket.draw(20)] for name, bucket in buckets.items()})
+    assert all(inputs == read[0] for inputs in read)
+    other = suite.run_recipe("danceopd", seed=4, updates=1, root=Path("unused"))
+    again = assemble(other, device=torch.device("cpu")).buckets["t2i"]
+    assert [example.prompt for example in again.draw(20)] != read[0]["t2i"]
+
+
+def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
+    recipes = load_suite(write(tmp_path)).recipes
+    assert {name: recipe.rollout.num_inference_steps for name, recipe in recipes.items()} == {
+        "danceopd": 4,
+        "joint": 16,
+        "merge": 16,
+    }
+    assert {name: recipe.train.batch_size for name, recipe in recipes.items()} == {
+        "danceopd": 4,
+        "joint": 4,
+        "merge": 32,
+    }
+    with pytest.raises(SuiteError, match=r"rollout.shift: it would do nothing"):
+        load_suite(write(tmp_path, methods={"danceopd": {}, "joint": {"method": "joint", "rollout.shift": 2.0}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "nobody"}, "reference: 'nobody' is none of"),
+        ({"sedes": 3}, r"unknown key 'sedes' \(did you mean 'seeds'"),
+        ({"points": [0]}, "updates are at least 1"),
+        ({"methods": {"danceopd": {"method": "danseopd"}}}, "did you mean 'danceopd'"),
+        ({"methods": {"danceopd": {}, "x": {"evaluate.seed": 3}}}, "do not share 'evaluate'"),
+        ({"methods": {"danceopd": {}, "x": {"fields.edit": {"lora": "shapes:local"}}}}, "do not share their sources"),
+        ({"methods": {"danceopd": {}, "x": {"routes.0.data.seed": 3}}}, "do not share their training data"),
+        ({"methods": {"danceopd": {}, "x": {"routes.0.data.size": 9}}}, "do not share their training data"),
+        ({"methods": {"danceopd": {}, "x": {"train.batch_size": 8}}}, "do not share train.batch_size"),
+        ({"methods": {"danceopd": {}, "x": {"train.precision": "bf16"}}}, "do not share train.precision"),
+        ({"methods": {"danceopd": {"train.lr_scheduler": "linear"}}}, "must be 'constant'"),
+        ({"methods": {"danceopd": {"family.x": 1}}}, "method 'danceopd': cannot set family.x"),
+        ({"capabilities": ["t2i", "eidt"]}, r"'eidt' is none of t2i, edit, local, global \(did you mean 'edit'"),
+        ({"capabilities": ["edit"], "measures": {"guidance": {"scales": [1.0]}}}, "add t2i to capabilities"),
+        ({"measures": {"guidance": {"scales": [2.0, 1.0]}}}, "1 is the first"),
+        ({"claims": [{**LEAD, "over": "nobody"}]}, "claims.0: 'nobody' is none of danceopd, joint, merge"),
+        ({"claims": [{**LEAD, "capability": "local"}]}, "'local' is none of t2i, edit"),
+        ({"claims": [{**LEAD, "view": "compute"}], "compute": None}, "has no 'compute'"),
+        ({"claims": [{**LEAD, "at_least": 1.0}]}, "a claim is"),
+        ({"claims": [VALUE]}, "a claim is"),
+        ({"claims": [{**VALUE, "measure": "realism", "at_least": 1.0}]}, "does not measure 'realism'"),
+        ({"measures": {"realism": {"teacher": "t2i"}}}, "teacher 't2i' is none of edit"),
+        ({"paper": {"what": "scores", "figures": {"t2i": "0.8"}}}, "paper.figures: 't2i' is none of .*, base, edit;"),
+        (grid(joint={"joint.sigma_mean": [0.0]}), "same number of trials, found danceopd 2, joint 1, merge 2"),
+        ({"search": {**SEARCH, "grid": {"danceopd": {}}}}, "every method is searched alike, and 'joint' is not"),
+        ({"search": {**SEARCH, "seeds": [0]}}, "seed 0 is one that the suite reports"),
+        ({"search": {**SEARCH, "scenes_seed": 0}}, "is the evaluation's own"),
+    ],
+)
+def test_suites_that_compare_unlike_things_or_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(SuiteError, match=message):
+        load_suite(write(tmp_path, **changes))
+
+
+def test_files_that_are_no_suites_are_refused(tmp_path):
+    with pytest.raises(SuiteError, match="suite not found"):
+        load_suite(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("version: 1\nversion: 2\n")
+    with pytest.raises(SuiteError, match="stands twice"):
+        load_suite(broken)
+
+
+def test_a_budget_that_pays_for_no_update_is_refused():
+    assert updates_within(300.0, 12.0, "joint") == 25
+    with pytest.raises(SuiteError, match="method 'joint' needs 12 forward-equivalents an update; the budget of 10"):
+        updates_within(10.0, 12.0, "joint")
+
+
+def test_what_a_run_is_cached_by(tmp_path):
+    suite = load_suite(write(tmp_path))
+    same = load_suite(write(tmp_path, updates=9, seeds=4, title="other"))
+    assert suite.fingerprint("danceopd") == same.fingerprint("danceopd")
+    other = load_suite(write(tmp_path, methods={**TINY["methods"], "danceopd": {"train.learning_rate": 2e-3}}))
+    assert suite.fingerprint("danceopd") != other.fingerprint("danceopd")
+
+
+def test_a_suites_files_are_relative_to_the_suite(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle"}\n')
+    recipe = TINY["recipe"] | {"routes": [{"field": "t2i", "data": {"manifest": "prompts.jsonl"}}]}
+    found = load_suite(write(tmp_path, recipe=recipe, methods={"danceopd": {}})).recipes["danceopd"]
+    assert found.routes[0].data.manifest == str(tmp_path / "prompts.jsonl")

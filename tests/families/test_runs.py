@@ -1,0 +1,292 @@
+"""From a recipe to an export that others load, on every family over diffusers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_pipelines import CASES
+from typer.testing import CliRunner
+
+from danceopd.cli import app
+from danceopd.data.examples import Example
+from danceopd.data.images import read_image_file, write_image_file
+from danceopd.evaluation.pictures import draw
+from danceopd.exports import export
+from danceopd.fields.guidance import GuidedField
+from danceopd.fields.teachers import CheckpointError
+from danceopd.recipe import RecipeError, load_recipe
+from danceopd.runs import check, evaluate, train
+from danceopd.training.assemble import assemble
+from danceopd.training.checkpoint import checkpoints
+from danceopd.training.run_folder import RunFolder
+from danceopd.training.trainer import load_run
+from recipes import HEIGHT, PROMPTS, WIDTH, picture, write_manifest, write_recipe
+
+CPU = torch.device("cpu")
+FAMILY = {"kontext": "flux", "omni": "z_image"}
+
+
+@pytest.fixture(params=list(CASES))
+def recipe_file(request, tmp_path):
+    return write_recipe(CASES[request.param], FAMILY.get(request.param, request.param), tmp_path)
+
+
+@pytest.fixture
+def sd3(tmp_path):
+    return lambda **changes: write_recipe(CASES["sd3"], "sd3", tmp_path, **changes)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def final(folder):
+    path = checkpoints(folder.checkpoints)[-1]
+    return {name: load_file(path / f"{name}.safetensors") for name in ("student", "ema", "optimizer")}
+
+
+def fresh_pipeline(family, folder, out, form):
+    """What a user of diffusers makes of an export."""
+    cls, options = type(family.pipeline), {"local_files_only": True}
+    if form == "merged":
+        options["transformer"] = type(family.network).from_pretrained(out)
+    pipeline = cls.from_pretrained(folder / "base", **options)
+    if form == "lora":
+        pipeline.load_lora_weights(out)
+    elif form == "peft":
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, out).get_base_model()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline_images(pipeline, case, family, **options):
+    size = {"height": HEIGHT, "width": WIDTH}
+    options = {"prompt": list(PROMPTS), **size, **case.plain, "num_inference_steps": 4, "output_type": "pt", **options}
+    options["max_sequence_length"] = family.max_sequence_length
+    return pipeline(generator=torch.Generator().manual_seed(2), **options).images
+
+
+def test_a_recipe_is_checked_trained_resumed_sampled_and_exported(recipe_file, request, tmp_path):
+    case = CASES[request.node.callspec.params["recipe_file"]]
+    assert "guidance 3" in run("check", recipe_file)
+    run("train", recipe_file)
+    whole = RunFolder(tmp_path / "run")
+    assert (whole.samples / "step-000002.png").exists()
+    cut = f"output={tmp_path / 'cut'}"
+    run("train", recipe_file, "--set", cut, "--set", "train.steps=1")
+    run("train", recipe_file, "--set", cut, "--resume")
+    one, two = final(whole), final(RunFolder(tmp_path / "cut"))
+    for name, tensors in one.items():
+        assert tensors.keys() == two[name].keys()
+        assert all(torch.equal(tensor, two[name][key]) for key, tensor in tensors.items()), name
+
+    assembly, _ = load_run(whole, device=CPU)
+    family, student = assembly.family, assembly.student.model
+    part = assembly.recipe.evaluate.model_copy(update={"seed": 2})
+    ours = draw(student, family, [Example(prompt=prompt) for prompt in PROMPTS], part)
+    options = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-inference-steps", 4, "--seed", 2]
+    run("sample", whole.path, *options, "--out", tmp_path / "drawn")
+    for index, image in enumerate(ours):
+        written = read_image_file(tmp_path / "drawn" / f"student-2-{index}.png")
+        torch.testing.assert_close(written, image, rtol=0, atol=1 / 127)
+    base = draw(assembly.base.velocity, family, [Example(prompt=prompt) for prompt in PROMPTS], part)
+    assert float((ours - base).abs().max()) > 1e-3
+    for form in ("lora", "peft", "merged"):
+        out = tmp_path / form
+        assert "differs from the student by at most" in run("export", whole.path, "--out", out, "--format", form)
+        pipeline = fresh_pipeline(family, tmp_path, out, form)
+        found = pipeline_images(pipeline, case, family)
+        torch.testing.assert_close(ours / 2 + 0.5, found, rtol=0, atol=1e-5)
+        card = (out / "README.md").read_text()
+        assert str(tmp_path) not in card
+        assert all(digest in card for digest in assembly.hashes.values())
+
+
+@pytest.mark.parametrize("name", ["kontext", "omni"])
+def test_edits_of_an_exported_student_are_ours(name, tmp_path):
+    recipe = load_recipe(write_recipe(CASES[name], FAMILY[name], tmp_path))
+    folder = train(recipe)
+    out = tmp_path / "export"
+    export(folder, out)
+    assembly, _ = load_run(folder, device=CPU)
+    source = picture(64, 64)
+    part = assembly.recipe.evaluate.model_copy(update={"seed": 2})
+    ours = draw(assembly.student.model, assembly.family, [Example(prompt=PROMPTS[0], source=source)], part)
+    assert ours.shape == (1, 3, 64, 64)
+    pipeline = fresh_pipeline(assembly.family, tmp_path, out, "lora")
+    options = {"prompt": [PROMPTS[0]], "height": 64, "width": 64, "image": source[None] / 2 + 0.5}
+    if name == "kontext":
+        options |= {"max_area": 64 * 64, "_auto_resize": False}
+    else:  # its pipeline hands its VAE the source in bfloat16
+        pipeline.vae.encoder.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+        options["image"] = Image.open(tmp_path / "source.png")
+    found = pipeline_images(pipeline, CASES[name], assembly.family, **options)
+    torch.testing.assert_close(ours / 2 + 0.5, found, rtol=0, atol=1e-5)
+    run("sample", folder.path, "--prompt", PROMPTS[0], "--image", tmp_path / "source.png", "--out", tmp_path / "drawn")
+    assert read_image_file(tmp_path / "drawn" / "student-0-0.png").shape == (3, 64, 64)
+
+
+def test_evaluation_without_a_scorer_draws_every_model_instead(tmp_path):
+    recipe_file = write_recipe(CASES["kontext"], "flux", tmp_path)
+    folder = train(load_recipe(recipe_file))
+    said = run("evaluate", folder.path)
+    assert "columns: source | base | style | student" in said
+    assert "row 3: make it blue" in said
+    assert "no scores: they exist for shapes only" in said
+    assert read_image_file(folder.samples / "evaluation.png").shape == (3, 3 * HEIGHT, 4 * WIDTH)
+    with pytest.raises(RecipeError, match=r"'flux' has no scores here: they exist for shapes only"):
+        evaluate(folder)
+    with pytest.raises(RecipeError, match="has no scores here"):
+        CliRunner().invoke(app, ["report", str(folder.path)], catch_exceptions=False)
+    with pytest.raises(RecipeError, match="--scenes-per-task: family 'flux'"):
+        CliRunner().invoke(app, ["evaluate", str(folder.path), "--scenes-per-task", "3"], catch_exceptions=False)
+
+
+def test_routes_have_their_own_guidance_size_steps_and_states(tmp_path):
+    routes = [
+        {"field": "plain", "data": {"manifest": "prompts.jsonl"}},
+        {
+            "field": "plain",
+            "name": "large",
+            "data": {"manifest": "prompts.jsonl"},
+            "guidance_scale": 1.0,
+            "resolution": 32,
+            "num_inference_steps": 6,
+            "per_rollout": 2,
+            "prompt_dropout": 0.5,
+        },
+    ]
+    fields = {"plain": {"base": True, "guidance_scale": 2.0, "negative_prompt": "blurry"}}
+    recipe = load_recipe(write_recipe(CASES["flux"], "flux", tmp_path, routes=routes, fields=fields))
+    assembly = assemble(recipe, device=CPU)
+    small, large = assembly.method.routes
+    assert (small.shape, large.shape) == ((4, 8, 12), (4, 16, 16))
+    assert isinstance(small.field, GuidedField)
+    assert not isinstance(large.field, GuidedField)
+    assert (small.dropout, large.dropout) == (0.1, 0.5)
+    grids = [route.typical_grid(assembly.method.grid) for route in (small, large)]
+    for grid, route, steps in zip(grids, (small, large), (4, 6), strict=True):
+        assert torch.equal(grid.sigmas, assembly.family.grid(steps, shape=route.shape).sigmas)
+    generator = torch.Generator().manual_seed(0)
+    result = assembly.method.step(
+        assembly.student.model, batch_size=4, generator=generator, routes=torch.tensor([0, 1, 0, 1])
+    )
+    assert result.calls.train == 2 + 2 * 2
+    assert result.calls.field == 2 * 2 + 2 * 2
+    assert "large: 50% of samples, taught by base, on " in check(recipe).routes[1]
+
+
+def test_frozen_weights_may_be_bf16_under_a_float32_student(sd3):
+    path = sd3(base_dtype="bf16")
+    assembly = assemble(load_recipe(path, ["train.gradient_checkpointing=true"]), device=CPU)
+    assert {p.dtype for p in assembly.student.parameters.values()} == {torch.float32}
+    frozen = [p for name, p in assembly.family.network.named_parameters() if ".lora_" not in name]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    assert assembly.family.network.is_gradient_checkpointing
+    folder = train(load_recipe(path, ["train.gradient_checkpointing=true"]))
+    assert {tensor.dtype for tensor in final(folder)["optimizer"].values()} == {torch.float32}
+    auto = load_recipe(path, ["base_dtype=auto", "train.precision=bf16"])
+    assert next(assemble(auto, device=CPU).family.network.parameters()).dtype == torch.bfloat16
+
+
+def test_a_full_student_exports_its_whole_transformer(sd3, tmp_path):
+    folder = train(load_recipe(sd3(), ["student.lora=null", "base_dtype=bf16", "train.learning_rate=1e-3"]))
+    assembly, _ = load_run(folder, device=CPU)
+    assert {p.dtype for p in assembly.student.parameters.values()} == {torch.float32}
+    assert export(folder, tmp_path / "export") <= 1e-5
+    saved = load_file(tmp_path / "export" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in assembly.student.network.state_dict().items())
+    with pytest.raises(RecipeError, match=r"--format lora: this student is no LoRA"):
+        export(folder, tmp_path / "again", form="lora")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export(folder, tmp_path / "export")
+
+
+def test_an_export_of_another_student_is_not_written(sd3, tmp_path, monkeypatch):
+    folder = train(load_recipe(sd3()))
+    original = load_run
+
+    def stronger(*args, **options):
+        assembly, state = original(*args, **options)
+        lora = assembly.student.lora()
+        assembly.student.lora = lambda: replace(lora, alpha=lora.alpha * 3)
+        return assembly, state
+
+    monkeypatch.setattr("danceopd.exports.load_run", stronger)
+    for form in ("lora", "peft", "merged"):
+        with pytest.raises(CheckpointError, match="does not give back the student"):
+            export(folder, tmp_path / form, form=form)
+        assert not (tmp_path / form).exists()
+
+
+def test_what_a_family_cannot_do_is_refused_by_name_before_training(sd3, tmp_path):
+    path = sd3()
+    with pytest.raises(RecipeError, match=r"routes\.1: family 'sd3' cannot edit, but .*edits\.jsonl holds edits"):
+        check(load_recipe(path, ["routes.1.data.manifest=edits.jsonl"]))
+    with pytest.raises(RecipeError, match=r"multiples of 4, found 18 x 16"):
+        check(load_recipe(path, ["resolution=[18, 16]"]))
+    with pytest.raises(RecipeError, match=r"routes\.0\.resolution: .*multiples of 4, found 17 x 17"):
+        check(load_recipe(path, ["routes.0.resolution=17"]))
+    with pytest.raises(RecipeError, match=r"embedded_guidance: family 'sd3' takes none"):
+        check(load_recipe(path, ["embedded_guidance=3.5"]))
+    with pytest.raises(RecipeError, match=r"routes\.0\.data\.generator: family 'sd3' has no generated data"):
+        check(load_recipe(path, ["routes.0.data={generator: shapes/t2i}"]))
+    with pytest.raises(CheckpointError, match=r"no model_index\.json in .*elsewhere"):
+        check(load_recipe(path, ["base=elsewhere"]))
+    with pytest.raises(CheckpointError, match=r"holds a StableDiffusion3Pipeline; family 'flux' needs"):
+        check(load_recipe(path, ["family=flux"]))
+
+
+def test_pictures_are_brought_to_buckets_of_their_routes_size(tmp_path):
+    path = write_recipe(CASES["kontext"], "flux", tmp_path)
+    for index, size in enumerate([(48, 80), (80, 48), (500, 500)]):
+        write_image_file(tmp_path / f"{index}.png", picture(*size))
+    lines = [{"instruction": "make it blue", "source": f"{index}.png"} for index in range(3)]
+    write_manifest(tmp_path / "edits.jsonl", *lines)
+    assembly = assemble(load_recipe(path, ["routes.1.resolution=32"]), device=CPU)
+    drawn = assembly.method.routes[1].samples(3, torch.Generator())
+    assert {samples.shape for samples in drawn} == {(4, 16, 16), (4, 12, 22), (4, 22, 12)}
+    assert all(samples.condition.source.shape[1:] == samples.shape for samples in drawn)
+    result = assembly.method.step(
+        assembly.student.model, batch_size=6, generator=torch.Generator(), routes=torch.ones(6, dtype=torch.int64)
+    )
+    assert result.routes["style"].samples == 6
+
+
+@pytest.mark.parametrize("name", ["kontext", "omni"])
+def test_training_from_a_full_cache_encodes_nothing_and_is_the_same(name, tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(CASES[name], FAMILY[name], tmp_path), ["routes.0.prompt_dropout=0.5"])
+    first = final(train(recipe))
+    cls = type(assemble(recipe, device=CPU).family)
+    for method in ("encode_prompts", "add_sources", "encode_images"):
+        monkeypatch.setattr(cls, method, None)
+    again = final(train(recipe.model_copy(update={"output": str(tmp_path / "again")})))
+    assert all(torch.equal(tensor, again["student"][key]) for key, tensor in first["student"].items())
+    assert list((tmp_path / "cache").glob("*/*.safetensors"))
+    with pytest.raises(TypeError):
+        train(recipe.model_copy(update={"output": str(tmp_path / "uncached"), "data_cache": False}))
+
+
+def test_embedded_guidance_comes_from_the_recipe(tmp_path):
+    path = write_recipe(CASES["flux"], "flux", tmp_path)
+    conditions = [
+        assemble(load_recipe(path, overrides), device=CPU).method.routes[0].samples(1, torch.Generator())[0].condition
+        for overrides in ([], ["embedded_guidance=1.5"])
+    ]
+    assert [float(condition.guidance[0]) for condition in conditions] == [3.5, 1.5]
+
+
+def test_the_recorded_recipe_finds_its_files_from_anywhere(sd3, tmp_path, monkeypatch):
+    recipe = load_recipe(sd3())
+    folder = train(recipe)
+    monkeypatch.chdir("/")
+    recorded = yaml.safe_load(folder.recipe_file.read_text())
+    assert recorded["base"] == str(tmp_path / "base")
+    assert recorded["resolution"] == [HEIGHT, WIDTH]
+    assert train(load_recipe(folder.recipe_file, ["train.steps=3"]), resume=True).metrics()[-1]["step"] == 3

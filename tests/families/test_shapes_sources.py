@@ -1,0 +1,42 @@
+"""Sources in a folder of their own: the text encoder beside the base, and that no other one is taken."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from danceopd.families.shapes import WEIGHTS, ShapesFamily
+from danceopd.fields.teachers import CheckpointError, file_hash, read_safetensors
+from danceopd.world.text import TextEncoder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base and a LoRA beside a text encoder that is not the shipped one, recorded in both."""
+    save_file(TextEncoder().state_dict(), tmp_path / "text.safetensors")
+    recorded = {"text": file_hash(tmp_path / "text.safetensors")}
+    for name in ("base", "edit"):
+        tensors, metadata = read_safetensors(WEIGHTS / f"{name}.safetensors")
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata | recorded)
+    return tmp_path
+
+
+def test_the_text_encoder_beside_the_base_is_used(folder):
+    family, shipped = ShapesFamily(str(folder / "base.safetensors")), ShapesFamily()
+    assert family.files["text encoder"] == folder / "text.safetensors"
+    own, usual = (each.encode(["a red circle"], None).prompt_embeds for each in (family, shipped))
+    assert not torch.allclose(own, usual)
+    assert family.load_lora(folder / "edit.safetensors").rank == shipped.load_lora(WEIGHTS / "edit.safetensors").rank
+    (folder / "text.safetensors").unlink()
+    alone = folder / "alone.safetensors"
+    save_file(read_safetensors(folder / "base.safetensors")[0], alone)
+    assert torch.equal(ShapesFamily(str(alone)).encode(["a red circle"], None).prompt_embeds, usual)
+
+
+def test_sources_of_another_text_encoder_are_refused(folder):
+    with pytest.raises(CheckpointError, match=r"edit\.safetensors was trained with the text encoder of SHA-256"):
+        ShapesFamily().load_lora(folder / "edit.safetensors")
+    with pytest.raises(CheckpointError, match="text encoder of SHA-256"):
+        ShapesFamily().load_model(folder / "base.safetensors")
+    save_file(TextEncoder().state_dict(), folder / "text.safetensors")
+    with pytest.raises(CheckpointError, match="text encoder of SHA-256"):
+        ShapesFamily(str(folder / "base.safetensors"))
