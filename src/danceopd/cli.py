@@ -241,7 +241,7 @@ def compare(
     suite: Annotated[Path, typer.Argument(help="Suite file (YAML).", show_default=False)],
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds; the suite's by default.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Methods to run; all by default. Repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of runs and results; runs/compare/SUITE by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and results; runs/compare by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in that folder.")] = False,
 ) -> None:
     """Run a suite of methods on equal terms and write comparison.json, .md and .html."""

@@ -47,7 +47,7 @@ def test_a_suite_is_compared_and_never_recomputed(tmp_path):
         compare(path, out=out)
     compare(path, out=out, resume=True)
     assert all(file.stat().st_mtime_ns == time for file, time in first.items())
-    summary = read_comparison(out / "comparison.json")
+    summary = read_comparison(out / path.stem / "comparison.json")
     scores = summary["measures"]["scores"]
     updates = {
         view: {name: entry["updates"] for name, entry in methods.items()} for view, methods in scores["views"].items()
@@ -65,10 +65,10 @@ def test_a_suite_is_compared_and_never_recomputed(tmp_path):
     assert lead["estimate"]["value"] == pytest.approx(
         -scores["views"]["updates"]["joint"]["edit"]["minus_reference"]["value"]
     )
-    page = (out / "comparison.html").read_text()
+    page = (out / path.stem / "comparison.html").read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 3
-    text = (out / "comparison.md").read_text()
+    text = (out / path.stem / "comparison.md").read_text()
     assert "| **danceopd** | 2 |" in text
     assert "| danceopd leads joint: editing, equal updates | +15.8 % |" in text
     assert "| 4.617 / 0.808 |" in text
@@ -97,11 +97,21 @@ def test_a_killed_comparison_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, 
     compare(path, out=tmp_path / "cut", resume=True)
     assert len(made) == 2  # joint's last two updates and none of danceopd's
     assert all(file.stat().st_mtime_ns == time for file, time in first.items())
-    whole, cut = (read_comparison(tmp_path / name / "comparison.json") for name in ("whole", "cut"))
+    whole, cut = (read_comparison(tmp_path / name / path.stem / "comparison.json") for name in ("whole", "cut"))
     assert without_seconds(cut) == without_seconds(whole)
 
 
 JOINT = {"method": "joint"}
+
+
+def test_suites_share_the_runs_of_equal_recipes(tmp_path, monkeypatch):
+    path, out = write(tmp_path, compute=None, methods={"joint": JOINT}, reference="joint"), tmp_path / "out"
+    compare(path, out=out)
+    other = path.rename(tmp_path / "other.yaml")
+    monkeypatch.setattr(Trainer, "update", lambda trainer: pytest.fail("trained again"))
+    assert compare(other, out=out) == out / "other"
+    results = [read_comparison(out / name / "comparison.json") for name in ("tiny", "other")]
+    assert results[0]["measures"] == results[1]["measures"]
 
 
 def _saved_often():

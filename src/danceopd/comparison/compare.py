@@ -27,10 +27,12 @@ def compare(
     out: Path | None = None,
     resume: bool = False,
 ) -> Path:
-    """Run a suite and write ``comparison.json``, ``.md`` and ``.html``; returns the folder that holds them.
+    """Run a suite and write ``comparison.json``, ``.md`` and ``.html`` into OUT/SUITE; returns that folder.
+
+    out: ``runs/compare`` by default. Its ``trained`` holds the runs, which suites with equal recipes share.
 
     Raises:
-        SuiteError, ComparisonError: see ``load_suite`` and ``run_suite``; also if the folder holds a comparison and
+        SuiteError, ComparisonError: see ``load_suite`` and ``run_suite``; also if that folder holds a comparison and
             ``resume`` is off, the suite's search was not made yet, or ``seeds`` reach one that it used.
     """
     suite = load_suite(path)
@@ -43,8 +45,9 @@ def compare(
     spent = sorted(set(suite.seeds) & set(suite.search.seeds if suite.search is not None else ()))
     if spent:
         raise ComparisonError(f"seed {spent[0]} chose the settings of suite {suite.name!r} and cannot be reported")
-    folder = _folder(out or Path("runs/compare") / suite.name, resume)
-    results = run_suite(suite, folder, only=only, report=_say)
+    out = out or Path("runs/compare")
+    folder = _folder(out / suite.name, resume)
+    results = run_suite(suite, out / "trained", only=only, report=_say)
     summary = summarise(suite, results)
     write_text(folder / "comparison.json", json.dumps(summary, indent=1) + "\n")
     write_text(folder / "comparison.md", markdown(summary))
