@@ -71,7 +71,7 @@ def test_realism_is_absorbed_without_a_call_of_its_reward(tmp_path, monkeypatch)
     )
     suite["recipe"]["train"]["sample_steps"] = 1
     path = write(tmp_path, suite)
-    recipe = load_suite(path).run_recipe("danceopd", seed=0, updates=2, root=tmp_path / "out")
+    recipe = load_suite(path).run_recipe("danceopd", seed=0, updates=2, root=tmp_path / "out" / "trained")
     with monkeypatch.context() as patch:
         for module, name in ((shapes, "realism_reward"), (verify, "realism_reward"), (verify, "_realism")):
             patch.setattr(module, name, refused)
@@ -90,3 +90,23 @@ def test_realism_is_absorbed_without_a_call_of_its_reward(tmp_path, monkeypatch)
     assert closed["value"] == pytest.approx((reward - base) / (teacher - base), abs=1e-3)
     assert summary["claims"][0]["verdict"] == "not reproduced"  # after two updates
     assert "| danceopd |" in (out / "comparison.md").read_text().split("## Realism reward")[1]
+
+
+def test_staleness_stands_beside_the_scores(tmp_path):
+    streaming = {"rollout.mode": "streaming", "rollout.pool": 16, "rollout.staleness_steps": 1}
+    still = {**streaming, "train.learning_rate": 1e-9}
+    moving = {**streaming, "train.learning_rate": 1e-2}
+    suite = single_route(
+        {"base": True, "guidance_scale": 3.0},
+        {"fresh": {}, "still": still, "moving": moving},
+        measures={"staleness": {}},
+        capabilities=["t2i"],
+        updates=4,
+    )
+    out = compare(write(tmp_path, suite), out=tmp_path / "out")
+    methods = read_comparison(out / "comparison.json")["measures"]["staleness"]["methods"]
+    assert "staleness" not in methods["fresh"]
+    assert methods["still"]["staleness"] < 1e-4 < methods["moving"]["staleness"]  # fresh weights leave nothing stale
+    assert methods["moving"]["age"] > 0
+    text = (out / "comparison.md").read_text().split("## Staleness beside quality")[1]
+    assert f"| {methods['moving']['staleness']:.4f} |" in text

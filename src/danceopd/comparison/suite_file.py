@@ -38,11 +38,16 @@ class RealismPart(SuitePart):
     teacher: str = Field(description="The field that was tuned for the reward.")
 
 
+class StalenessPart(SuitePart):
+    """Show the staleness of streaming rollouts beside the scores."""
+
+
 class MeasuresPart(SuitePart):
     """What is measured besides the scores."""
 
     guidance: GuidancePart | None = Field(default=None, description="Absorbed guidance.")
     realism: RealismPart | None = Field(default=None, description="Absorbed realism.")
+    staleness: StalenessPart | None = Field(default=None, description="Staleness of streaming rollouts.")
 
 
 class SearchPart(SuitePart):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from danceopd.comparison.measures import guidance, realism, scores
+from danceopd.comparison.measures import guidance, realism, scores, staleness
 from danceopd.comparison.results import Results
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import Plot, Table
@@ -35,6 +35,9 @@ class Measure:
 MEASURES = {
     "scores": Measure(scores.take, True, scores.settings, scores.measure, scores.tables, scores.plots),
     "guidance": Measure(guidance.take, False, guidance.settings, guidance.measure, guidance.tables, guidance.plots),
+    "staleness": Measure(
+        staleness.take, False, staleness.settings, staleness.measure, staleness.tables, staleness.plots
+    ),
     "realism": Measure(None, False, lambda suite: None, realism.measure, realism.tables, realism.plots),
 }
 

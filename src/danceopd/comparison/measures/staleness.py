@@ -1,0 +1,105 @@
+"""Staleness of streaming rollouts beside quality: how far their states are from fresh ones, and the scores they give.
+
+The figures are the run's own (``StreamingDanceOPD.diagnostics``), measured under the weights of that update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from danceopd.comparison.results import Results
+from danceopd.comparison.statistics import as_json, mean_over_seeds
+from danceopd.comparison.suite import Suite
+from danceopd.comparison.tables import WORDS, Plot, Table, score
+from danceopd.report.page import figure_url
+from danceopd.training.assemble import Assembly
+from danceopd.training.run_folder import RunFolder
+
+
+def settings(suite: Suite) -> None:
+    """Nothing beside the run itself."""
+
+
+def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
+    """What a run logged of its pool; nothing of a run with fresh rollouts.
+
+    staleness: {update: distance}; age: of its trajectories at the end; band_distance: over the whole run.
+    """
+    lines = RunFolder(Path(assembly.recipe.output)).metrics()
+    measured = {str(line["step"]): round(line["pool/staleness"], 5) for line in lines if "pool/staleness" in line}
+    last = next((line for line in reversed(lines) if "pool/age" in line), None)
+    if last is None:
+        return {}
+    return {
+        "staleness": measured,
+        "age": round(last["pool/age"], 3),
+        "band_distance": round(last["pool/band_distance"], 4),
+    }
+
+
+def measure(suite: Suite, results: Results) -> dict[str, Any]:
+    """Each method's score at equal updates, with the staleness that its runs saw; 0 for fresh rollouts."""
+    rng = np.random.default_rng(0)
+    methods: dict[str, Any] = {}
+    for method, views in results.views.items():
+        points = results.points[method][views["updates"]]
+        taken = [point.taken["staleness"] for point in points]
+        entry: dict[str, Any] = {
+            capability: as_json(mean_over_seeds(results.scores(method, views["updates"], capability), rng))
+            for capability in suite.capabilities
+        }
+        if all(taken):
+            seen = [list(found["staleness"].values()) for found in taken]
+            entry["staleness"] = round(float(np.mean([np.mean(values) for values in seen])), 5) if all(seen) else None
+            entry["age"] = round(float(np.mean([found["age"] for found in taken])), 3)
+            entry["band_distance"] = round(float(np.mean([found["band_distance"] for found in taken])), 4)
+        entry["seconds"] = round(float(np.mean([point.seconds for point in points])), 1)
+        methods[method] = entry
+    return {"capabilities": list(suite.capabilities), "methods": methods}
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    """One row per method: scores, staleness, age, distance to the band, seconds."""
+    capabilities = content["capabilities"]
+    rows = []
+    for name, entry in content["methods"].items():
+        rows.append(
+            [
+                name,
+                *(score(entry[capability]) for capability in capabilities),
+                _figure(entry, "staleness", 4),
+                _figure(entry, "age", 1),
+                _figure(entry, "band_distance", 3),
+                f"{entry['seconds']:.0f}",
+            ]
+        )
+    note = (
+        "Staleness: relative distance of a state in the pool to a fresh rollout from the same noise under the weights "
+        "of that update, mean over a run. Age: updates that a trajectory has been in flight. Distance to the band: "
+        "total variation between the trained steps and the query band."
+    )
+    header = ("method", *(WORDS[c] for c in capabilities), "staleness", "age", "distance to the band", "seconds")
+    return [Table("Staleness beside quality, at equal updates", header, rows, note)]
+
+
+def plots(content: dict[str, Any]) -> list[Plot]:
+    """Scores against staleness."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    stale = {name: entry for name, entry in content["methods"].items() if entry.get("staleness") is not None}
+    for capability in content["capabilities"]:
+        x = [entry["staleness"] for entry in stale.values()]
+        value, low, high = (np.array([e[capability][key] for e in stale.values()]) for key in ("value", "low", "high"))
+        axes.errorbar(x, value, yerr=[value - low, high - value], fmt="o", capsize=3, label=WORDS[capability])
+    axes.set(xlabel="staleness (relative distance to a fresh rollout)", ylabel="score")
+    if stale:
+        axes.legend(frameon=False)
+    return [Plot("Score against staleness", figure_url(figure))]
+
+
+def _figure(entry: dict[str, Any], key: str, digits: int) -> str:
+    value = entry.get(key)
+    return "" if value is None else f"{value:.{digits}f}"
