@@ -228,6 +228,21 @@ def test_a_student_may_start_from_a_source_with_another_alpha(rng):
     torch.testing.assert_close(call(model), call(merged))
 
 
+def test_a_student_of_higher_rank_starts_as_its_source_and_can_train_all_of_it(rng):
+    model = TinyNet()
+    backbone = AdapterBackbone(model)
+    backbone.create("student", rank=5, alpha=10.0, targets=TARGETS, generator=rng, start=lora(1, alpha=6.0))
+    backbone.activate("student")
+    merged = TinyNet()
+    merge_lora(merged, lora(1, alpha=6.0))
+    torch.testing.assert_close(call(model), call(merged))
+    call(model).square().sum().backward()
+    added = [p.grad[:, 3:] for name, p in backbone.named_parameters("student") if "lora_B" in name]
+    assert all(bool((gradient != 0).all(0).any()) for gradient in added)
+    with pytest.raises(AdapterMismatch, match="LoRA of rank 3 with rank 2: use at least rank 3"):
+        AdapterBackbone(TinyNet()).create("student", rank=2, alpha=2.0, targets=TARGETS, generator=rng, start=lora(1))
+
+
 def test_loras_that_do_not_fit_are_refused_by_name(shared):
     backbone, _ = shared
     foreign = Lora(

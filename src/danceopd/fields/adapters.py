@@ -89,31 +89,31 @@ class AdapterBackbone:
         generator: torch.Generator,
         start: Lora | None = None,
     ) -> None:
-        """Put a new trainable LoRA on the backbone: a copy of ``start``, or A uniform from ``generator`` and B zero."""
+        """Put a new trainable LoRA on the backbone.
+
+        Its A is uniform from ``generator`` and its B zero; ``start``, of the same rank or less, takes its first rows
+        of A and columns of B, so that the LoRA computes what ``start`` does.
+        """
         self._check_targets(name, targets)
         self._inject(name, LoraConfig(r=rank, lora_alpha=_alpha(alpha), target_modules=list(targets)))
         if start is not None:
             self._check(name, start)
-            if start.rank != rank:
+            if start.rank > rank:
                 raise AdapterMismatch(
-                    f"the student cannot start from a LoRA of rank {start.rank} with rank {rank}: use rank "
+                    f"the student cannot start from a LoRA of rank {start.rank} with rank {rank}: use at least rank "
                     f"{start.rank}, or student.init_mode merged"
                 )
-            own = get_peft_model_state_dict(self.module, adapter_name=name)
-            if set(own) != set(start.weights):
+            if set(get_peft_model_state_dict(self.module, adapter_name=name)) != set(start.weights):
                 raise AdapterMismatch("the student's LoRA targets differ from those of the LoRA it starts from")
-            ratio = (start.alpha / start.rank) / (alpha / rank)
-            weights = {key: w * ratio if ".lora_B." in key else w for key, w in start.weights.items()}
-            set_peft_model_state_dict(self.module, weights, adapter_name=name)
-        else:
+        with torch.no_grad():
             for key, parameter in self.named_parameters(name):
-                with torch.no_grad():
-                    if "lora_A" in key:
-                        bound = parameter.shape[1] ** -0.5
-                        fresh = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
-                        parameter.copy_(fresh)
-                    else:
-                        parameter.zero_()
+                if "lora_A" in key:
+                    bound = parameter.shape[1] ** -0.5
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator) * 2 * bound - bound)
+                else:
+                    parameter.zero_()
+                if start is not None:
+                    _place(start, alpha / rank, key.replace(f".{name}.", "."), parameter)
         for parameter in self.parameters(name):
             parameter.requires_grad_(True)
 
@@ -293,6 +293,15 @@ class AdapterField:
     @torch.no_grad()
     def velocity(self, z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
         return self.model(z, sigma, condition)
+
+
+def _place(start: Lora, scaling: float, key: str, parameter: Tensor) -> None:
+    """Write a tensor of ``start`` into the first rows of an A, or the first columns of a B under ``scaling``."""
+    weight = start.weights[key]
+    if "lora_A" in key:
+        parameter[: weight.shape[0]] = weight
+    else:
+        parameter[:, : weight.shape[1]] = weight * (start.alpha / start.rank / scaling)
 
 
 def combined(parts: Sequence[tuple[Lora, float]]) -> Lora:
