@@ -100,6 +100,21 @@ def loader_for(recipe, device):
     return FieldLoader(recipe, family, backbone, sources, lambda name, base: ShapesFamily(base), device)
 
 
+@pytest.mark.parametrize("init", ["full", "both"])
+def test_a_student_of_all_weights_starts_from_a_checkpoint_exactly(tiny, checkpoint, init):
+    fields = (text.replace("FULL", str(checkpoint)) for text in OVER)
+    assembly = assemble(tiny(*fields, f"student.init={init}", "student.lora=null"), device=CPU)
+    found, taught = (
+        velocity(model, assembly.family) for model in (assembly.student.model, assembly.fields[init].velocity)
+    )
+    torch.testing.assert_close(found, taught, atol=1e-5, rtol=0)
+    other = assembly.fields["both" if init == "full" else "full"].velocity
+    assert float((found - velocity(other, assembly.family)).abs().max()) > 1e-2
+    with torch.no_grad():
+        next(iter(assembly.student.parameters.values())).zero_()
+    torch.testing.assert_close(velocity(assembly.fields[init].velocity, assembly.family), taught, atol=0, rtol=0)
+
+
 def test_a_checkpoint_may_wait_in_main_memory(tiny, checkpoint):
     recipe = tiny(f"fields.full={{checkpoint: {checkpoint}, keep_on: cpu}}")
     elsewhere = torch.device("meta")  # stands for an accelerator; nothing is computed on it

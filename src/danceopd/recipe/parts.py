@@ -126,7 +126,8 @@ class StudentPart(Part):
 
     init: str | dict[str, float] = Field(
         default="base",
-        description="'base', the name of a LoRA field to start from, or {field: weight, ...} for their weight merge.",
+        description="'base', the name of a LoRA field to start from (under 'lora: null' also of a checkpoint's), or "
+        "{field: weight, ...} for the weight merge of LoRA fields.",
     )
     init_mode: Literal["trainable", "merged"] = Field(
         default="trainable",

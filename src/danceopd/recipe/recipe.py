@@ -113,9 +113,7 @@ class Recipe(Part):
                 self._require_told_alike(f"fields.{name}.mixture", member)
         init = self.student.init
         for name in init if isinstance(init, dict) else [init] if init != "base" else []:
-            made = None if name not in self.fields else list(self.fields[name].references)
-            if made != ["lora"] and not (made == [] and isinstance(init, dict) and self.fields[name].base):
-                raise ValueError(f"student.init: {name!r} is neither 'base' nor the name of a LoRA field over the base")
+            self._check_start(name, merged=isinstance(init, dict))
         if isinstance(init, dict) and all(self.fields[name].base for name in init):
             raise ValueError("student.init: a merge needs at least one LoRA field")
         self._check_method()
@@ -131,6 +129,23 @@ class Recipe(Part):
                 f"{place}: field {name!r} has a 'prompt_prefix' or a base of its own and so a condition of its own; "
                 "here every field is given the sample's"
             )
+
+    def _check_start(self, name: str, *, merged: bool) -> None:
+        """Refuse an init that cannot become the student's weights. merged: one of several."""
+        made = None if name not in self.fields else list(self.fields[name].references)
+        if made == ["lora"] or (made == [] and merged and self.fields[name].base):
+            return
+        if made in (["checkpoint"], ["lora", "checkpoint"]) and not merged:
+            if self.student.lora is None:
+                return
+            raise ValueError(
+                f"student.init: {name!r} is a full checkpoint, which no LoRA over the base can start from; train all "
+                "weights (student.lora: null)"
+            )
+        raise ValueError(
+            f"student.init: {name!r} is neither 'base' nor the name of a field of this recipe's base with weights of "
+            "its own ('lora', and for a single init 'checkpoint')"
+        )
 
     def _check_route(self, index: int, route: RoutePart) -> None:
         field = self.fields[route.field]

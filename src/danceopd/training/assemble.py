@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     mixtures = {name: part.mixture for name, part in recipe.fields.items() if part.mixture is not None}
     fields |= {name: MixtureField([fields[member] for member in mixture]) for name, mixture in mixtures.items()}
     inputs = {name: told for name, (_, told) in bare.items() if plain[name].told_apart}
-    student = Student(recipe, family, backbone, _start(recipe, family, sources))
+    student = Student(recipe, family, backbone, *_start(recipe, family, sources))
     family.to(device)
     student.model.to(device)
     use_cache(recipe, list(dict.fromkeys([family, *(each.family for each in inputs.values())])))
@@ -196,8 +197,8 @@ def _query(recipe: Recipe, per_rollout: int) -> QueryBand:
     return BANDS[recipe.query.band](over=recipe.query.over, per_rollout=per_rollout)
 
 
-def _start(recipe: Recipe, family: Family, sources: Sources) -> Lora | None:
-    """What the student starts from, as one LoRA over the base; None is the base itself."""
+def _start(recipe: Recipe, family: Family, sources: Sources) -> tuple[Lora | None, Path | None]:
+    """What the student starts from: one LoRA, or none, over a full checkpoint, or None for the base."""
 
     def source(name: str) -> Lora | None:
         part = recipe.fields[name]
@@ -208,8 +209,11 @@ def _start(recipe: Recipe, family: Family, sources: Sources) -> Lora | None:
 
     init = recipe.student.init
     if isinstance(init, dict):
-        return merged_loras([(source(name), weight) for name, weight in init.items()])
-    return None if init == "base" else source(init)
+        return merged_loras([(source(name), weight) for name, weight in init.items()]), None
+    if init == "base":
+        return None, None
+    checkpoint = recipe.fields[init].checkpoint
+    return source(init), None if checkpoint is None else sources.file(checkpoint, "checkpoint", family)
 
 
 def _method(

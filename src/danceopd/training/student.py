@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,7 +24,15 @@ class Student:
     ``model(z, sigma, condition)`` is the student outside every field's call.
     """
 
-    def __init__(self, recipe: Recipe, family: Family, backbone: AdapterBackbone, start: Lora | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        backbone: AdapterBackbone,
+        start: Lora | None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """start: a LoRA over the base, or over the full ``checkpoint`` that a student of all weights starts from."""
         part = recipe.student
         self.start = start if part.lora is None or part.init_mode == "merged" else None
         """The LoRA that stands, frozen or merged, under what is trained."""
@@ -31,7 +40,7 @@ class Student:
         self._lora = part.lora
         self.model: nn.Module
         if part.lora is None:
-            self.model = family.load_model()
+            self.model = family.load_model(checkpoint)
             network = self.model.get_submodule("network")
             if start is not None:
                 merge_lora(network, start)
