@@ -1,0 +1,20 @@
+"""The recipes in the guides are recipes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from danceopd.recipe import load_recipe
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("page", ["families.md", "sd3.md", "z_image.md"])
+def test_a_guides_recipe_parses(page, tmp_path):
+    blocks = re.findall(r"```yaml\n(version: 1\n.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    (tmp_path / "recipe.yaml").write_text(blocks[0])
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert len(recipe.routes) == len(yaml.safe_load(blocks[0])["routes"])
