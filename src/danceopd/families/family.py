@@ -119,6 +119,10 @@ class Family(Protocol):
         """Let a network of this family recompute activations in its backward pass; ValueError if it cannot."""
         ...
 
+    def compile(self, network: nn.Module) -> None:
+        """Compile a network of this family in place, for batches of any size; ValueError if it cannot."""
+        ...
+
     def to(self, device: torch.device, *, network: bool = True) -> None:
         """Move everything to a device, or everything but ``network``."""
         ...

@@ -17,6 +17,7 @@ from danceopd.data.buckets import Buckets
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid
 from danceopd.families.cache import EncodingCache
+from danceopd.families.compiled import compile_blocks
 from danceopd.families.latents import LatentSpace
 from danceopd.families.loaded_pipeline import LoadedPipeline
 from danceopd.families.lora_files import read_lora
@@ -224,6 +225,9 @@ class PipelineFamily(ABC, Generic[ConditionType]):
 
     def checkpoint_gradients(self, network: Any) -> None:
         network.enable_gradient_checkpointing()
+
+    def compile(self, network: Any) -> None:
+        compile_blocks(network)
 
     def to(self, device: torch.device, *, network: bool = True) -> None:
         self.loaded.to(device, network=network)

@@ -165,6 +165,9 @@ class ShapesFamily:
     def checkpoint_gradients(self, network: nn.Module) -> None:
         raise ValueError("family 'shapes' is too small to gain by gradient checkpointing and has none")
 
+    def compile(self, network: nn.Module) -> None:
+        raise ValueError("family 'shapes' is too small to gain by compiling and is not compiled")
+
     def to(self, device: torch.device, *, network: bool = True) -> None:
         self.device = device
         self.encoder.to(device)

@@ -335,6 +335,10 @@ class TrainPart(Part):
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations again in the backward pass instead of keeping them."
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the student's network, and with it the fields that share it, by torch.compile.",
+    )
     sample_steps: int = Field(default=100, ge=0, description="Updates between sample grids; 0 for none.")
     gradient_cosine_steps: int = Field(
         default=0, ge=0, description="Updates between route-gradient cosines; 0 for never."

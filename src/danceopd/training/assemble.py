@@ -78,7 +78,8 @@ def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     sources = Sources()
     opened = partial(open_family, recipe)
     family = sources.base(recipe.base, recipe.family, opened, own=True)
-    backbone = adapter_backbone(family.network, device, checkpointed=recipe.train.gradient_checkpointing)
+    unfolded = recipe.train.gradient_checkpointing or recipe.train.compile
+    backbone = adapter_backbone(family.network, device, unfolded=unfolded)
     loader = FieldLoader(recipe, family, backbone, sources, opened, device)
     plain = {name: part for name, part in recipe.fields.items() if part.mixture is None}
     bare = {name: (loader.load(name, part), loader.input(name, part)) for name, part in plain.items()}
@@ -118,6 +119,11 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
         RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
     """
     loaded = load_models(recipe, device=device)
+    if recipe.train.compile:
+        try:
+            loaded.family.compile(loaded.student.network)
+        except ValueError as error:
+            raise RecipeError(f"train.compile: {error}") from error
     family, inputs = loaded.family, loaded.inputs
     buckets, routes = {}, []
     needs_targets = recipe.method == "joint" or recipe.query.states == "data"

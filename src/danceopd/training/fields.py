@@ -159,10 +159,10 @@ class FieldLoader:
         return self._networks[key]
 
 
-def adapter_backbone(network: nn.Module, device: torch.device, *, checkpointed: bool = False) -> AdapterBackbone:
+def adapter_backbone(network: nn.Module, device: torch.device, *, unfolded: bool = False) -> AdapterBackbone:
     """A backbone that folds where that is faster and loses nothing: float32 weights on a CPU.
 
-    checkpointed: its gradients will be, which folding forbids.
+    unfolded: never fold. Checkpointed gradients forbid it; compiled graphs would be made again for folded weights.
     """
     is_float32 = next(network.parameters()).dtype == torch.float32
-    return AdapterBackbone(network, fold=device.type == "cpu" and is_float32 and not checkpointed)
+    return AdapterBackbone(network, fold=device.type == "cpu" and is_float32 and not unfolded)
