@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tiny_pipelines import CASES, TOKENS, kontext_pipeline, sd3_pipeline, vae
+from tiny_pipelines import CASES, TOKENS
 
 from danceopd.families.flux import FluxCondition
 from danceopd.families.latents import latent_space_of
 from danceopd.recipe import RecipeError, parse_recipe
+from danceopd.tiny.pipelines import kontext_pipeline, sd3_pipeline, vae
 from danceopd.training import assemble as assembly_of
 
 PROMPTS = ["a red circle", "a small blue square", "a star"]

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import TOKENS, flux_family, flux_pipeline, kontext_pipeline
+from tiny_pipelines import TOKENS, flux_family
 
 import danceopd as d
 from danceopd.distill.solver import integrate
 from danceopd.families.flux import pack, places, unpack
 from danceopd.fields.field import ModelField
+from danceopd.tiny.pipelines import flux_pipeline, kontext_pipeline
 
 PROMPTS = ["a red circle", "a small blue square beside a green star"]
 HEIGHT, WIDTH, STEPS = 32, 16, 5

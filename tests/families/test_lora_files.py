@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_pipelines import CASES, flux_pipeline, z_image_pipeline
+from tiny_pipelines import CASES
 
 from danceopd.families.lora_files import read_lora
 from danceopd.families.pipeline_folder import weight_file
 from danceopd.fields.adapters import AdapterBackbone, AdapterModel, Lora
 from danceopd.fields.teachers import CheckpointError, read_safetensors, save_lora
+from danceopd.tiny.pipelines import flux_pipeline, z_image_pipeline
 
 RANK, ALPHA = 4, 6.0
 

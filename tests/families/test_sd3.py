@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny_pipelines import TOKENS, sd3_family, sd3_pipeline
+from tiny_pipelines import TOKENS, sd3_family
 
 import danceopd as d
 from danceopd.distill.solver import integrate
 from danceopd.fields.field import ModelField
+from danceopd.tiny.pipelines import sd3_pipeline
 
 PROMPTS = ["a red circle", "a small blue square beside a green star"]
 HEIGHT, WIDTH, STEPS = 32, 16, 5

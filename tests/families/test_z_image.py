@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import CHAT_TOKENS, omni_pipeline, z_image_family, z_image_pipeline
+from tiny_pipelines import CHAT_TOKENS, z_image_family
 
 import danceopd as d
 from danceopd.distill.solver import integrate
 from danceopd.families.z_image import ZImageCondition, captions, padded
 from danceopd.fields.field import ModelField
 from danceopd.states import concatenate, select, signature
+from danceopd.tiny.pipelines import omni_pipeline, z_image_pipeline
 
 PROMPTS = ["a red circle", "a small blue square beside a green star"]
 HEIGHT, WIDTH, STEPS = 32, 16, 5
