@@ -49,7 +49,7 @@ def other_files(folder: Path) -> dict[str, Path]:
     """
     base = weight_file(folder)
     endings = ("*.safetensors", "*.json", "*.txt", "*.model")
-    found = sorted(path for part in _read_index(folder) for ending in endings for path in (folder / part).glob(ending))
+    found = sorted(path for part in read_index(folder) for ending in endings for path in (folder / part).glob(ending))
     return {path.relative_to(folder).as_posix(): path for path in found if path != base}
 
 
@@ -64,7 +64,7 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
             f"family {family!r} needs the local folder of a diffusers pipeline, found no {INDEX} in {folder}; "
             "nothing is downloaded by itself (huggingface-cli download ORG/NAME --local-dir FOLDER)"
         )
-    parts = _read_index(folder)
+    parts = read_index(folder)
     found = str(parts.get("_class_name"))
     if found not in classes:
         raise CheckpointError(f"{folder} holds a {found}; family {family!r} needs {' or '.join(classes)}")
@@ -80,7 +80,12 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
         raise CheckpointError(f"{folder} cannot be loaded as a {found}: {error}") from error
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of itself.
+
+    Raises:
+        CheckpointError: if its index is no JSON object.
+    """
     try:
         return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

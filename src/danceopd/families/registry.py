@@ -47,6 +47,21 @@ def is_over_a_pipeline(family: str) -> bool:
     return _entry(family).extra == "diffusers"
 
 
+def family_class(family: str) -> Any:
+    """A family's class.
+
+    Raises:
+        RecipeError: for an unknown family, or one whose extra is not installed.
+    """
+    entry = _entry(family)
+    try:
+        return getattr(import_module(entry.module), entry.name)
+    except ImportError as error:
+        raise RecipeError(
+            f"family {family!r} needs more than the core: pip install 'danceopd[{entry.extra}]' ({error})"
+        ) from error
+
+
 def load_family(family: str, base: str, options: Mapping[str, Any]) -> Family:
     """A family by its name, on the base that a recipe names.
 
@@ -61,12 +76,7 @@ def load_family(family: str, base: str, options: Mapping[str, Any]) -> Family:
     for key in given:
         if key not in entry.options:
             raise RecipeError(f"{key}: family {family!r} takes none")
-    try:
-        cls = getattr(import_module(entry.module), entry.name)
-    except ImportError as error:
-        raise RecipeError(
-            f"family {family!r} needs more than the core: pip install 'danceopd[{entry.extra}]' ({error})"
-        ) from error
+    cls = family_class(family)
     try:
         return cls(base, **{entry.options[key]: value for key, value in given.items()})
     except CheckpointError:
