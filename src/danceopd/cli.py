@@ -65,6 +65,10 @@ app.add_typer(world_app, name="world")
 console = Console()
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Tiny = Annotated[
+    bool,
+    typer.Option("--tiny", help="On a tiny random pipeline in the place of the real files: no download, no GPU."),
+]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, as named by the recipe's output.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a recipe key: --set train.steps=400. Repeatable.")
@@ -87,14 +91,21 @@ def quickstart(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -> None:
     """Validate a recipe completely, without training, and say what it will do."""
     from danceopd.runs import check as run
 
     loaded = load_recipe(recipe, overrides)
-    plan = run(loaded)
+    if tiny:
+        from danceopd.tiny.runs import check as run_tiny
+
+        plan, stand_ins = run_tiny(loaded)
+        _print_stand_ins(stand_ins)
+    else:
+        plan = run(loaded)
     for sentence in plan.routes:
         console.print(f"[bold]route[/] {sentence}", highlight=False)
+    console.print(f"[bold]student[/] {plan.student}", highlight=False)
     total = plan.rollout_calls + plan.field_calls + 3 * plan.train_calls
     console.print(
         f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "
@@ -105,9 +116,12 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     )
     console.print(
         f"{plan.trained_parameters:,} trained parameters; weights, gradients and optimiser {plan.megabytes:.0f} MiB, "
-        "activations beside them",
+        "activations beside them" + (" (of the tiny stand-ins)" if tiny else ""),
         highlight=False,
     )
+    if tiny:
+        console.print(f"[green]{recipe} works on tiny stand-ins[/]; its own files were not looked at")
+        return
     console.print(f"[green]{recipe} is ready to train[/]")
 
 
@@ -116,11 +130,21 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
+    tiny: Tiny = False,
 ) -> None:
-    """Train a recipe. Ctrl-C finishes the update, saves, and leaves a run that --resume continues exactly."""
+    """Train a recipe. Ctrl-C finishes the update, saves, and leaves a run that --resume continues exactly.
+
+    With --tiny: two updates in OUTPUT-tiny, an export of the student, and its reload.
+    """
     from danceopd.runs import train as run
 
-    folder = run(load_recipe(recipe, overrides), resume=resume)
+    loaded = load_recipe(recipe, overrides)
+    if tiny:
+        if resume:
+            raise RecipeError("--tiny and --resume: a tiny run is over in two updates; leave one of them out")
+        _train_tiny(loaded)
+        return
+    folder = run(loaded, resume=resume)
     console.print(f"trained; next: danceopd evaluate {folder.path}")
 
 
@@ -319,6 +343,27 @@ def world_evaluate(
     report = evaluate_world(evaluate_part({**asked, "num_inference_steps": num_inference_steps}), out, weights)
     _print_scores(report)
     console.print("on its own tasks: " + ", ".join(f"{name} {score:.3f}" for name, score in report["own"].items()))
+
+
+def _train_tiny(recipe: Recipe) -> None:
+    from danceopd.tiny.runs import train as run
+
+    done = run(recipe)
+    _print_stand_ins(done.stand_ins)
+    for number, losses in enumerate(done.losses, start=1):
+        told = ", ".join(f"{route} {loss:.3g}" for route, loss in losses.items())
+        console.print(f"update {number}: loss of {told}", highlight=False, markup=False)
+    console.print(
+        f"trained {len(done.losses)} updates in {done.folder.path} and exported the student to {done.export}; "
+        f"reloaded, it differs by at most {done.difference:.1e}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _print_stand_ins(sentences: list[str]) -> None:
+    for sentence in sentences:
+        console.print(f"stand-in for {sentence}", highlight=False, markup=False)
 
 
 def _print_scores(report: dict) -> None:
