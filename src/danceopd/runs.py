@@ -83,8 +83,10 @@ def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float
         words.append(f"guidance {route.field.guidance_scale:g}" + (f' against "{negative}"' if negative else ""))
     pack = f"pack {data.pack}" + (f" on {data.images}" if data.images else "")
     size = part.resolution or recipe.resolution
+    inputs = assembly.buckets[route.name].source
+    kind = "text to image" if inputs[0].source is None else "edits"
     words.append(
-        f"on {data.generator or data.manifest or pack} ({len(assembly.buckets[route.name].source)} inputs)"
+        f"on {data.generator or data.manifest or pack} ({len(inputs)} inputs, {kind})"
         + (f" at {size[0]} x {size[1]}" if size else "")
     )
     words.append(f"prompt dropout {route.dropout:g}")

@@ -243,6 +243,22 @@ def test_what_a_family_cannot_do_is_refused_by_name_before_training(sd3, tmp_pat
         check(load_recipe(path, ["family=flux"]))
 
 
+@pytest.mark.parametrize(
+    ("index", "task", "message"),
+    [
+        (0, "edit", r"routes\.0\.task: route 'plain' is 'edit', but .*prompts\.jsonl, line 1\) holds text to image"),
+        (1, "t2i", r"routes\.1\.task: route 'style' is 't2i', but .*edits\.jsonl, line 1\) holds edits"),
+    ],
+)
+def test_data_of_another_kind_than_the_routes_task_is_refused(tmp_path, index, task, message):
+    path = write_recipe(CASES["kontext"], "flux", tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        check(load_recipe(path, [f"routes.{index}.task={task}"]))
+    sentences = check(load_recipe(path, ["routes.0.task=t2i", "routes.1.task=edit"])).routes
+    assert "(2 inputs, text to image)" in sentences[0]
+    assert "(1 inputs, edits)" in sentences[1]
+
+
 def test_pictures_are_brought_to_buckets_of_their_routes_size(tmp_path):
     path = write_recipe(CASES["kontext"], "flux", tmp_path)
     for index, size in enumerate([(48, 80), (80, 48), (500, 500)]):

@@ -54,6 +54,16 @@ def test_a_size_for_generated_data_is_refused(tiny):
         assemble(tiny("routes.0.resolution=32"), device=CPU)
 
 
+def test_generated_data_of_another_kind_than_the_routes_task_is_refused(tiny):
+    with pytest.raises(
+        RecipeError, match=r"routes\.0\.task: route 't2i' is 'edit', but shapes/t2i holds text to image"
+    ):
+        assemble(tiny("routes.0.task=edit"), device=CPU)
+    with pytest.raises(RecipeError, match=r"routes\.1\.task: route 'edit' is 't2i', but shapes/edit holds edits"):
+        assemble(tiny("routes.1.task=t2i"), device=CPU)
+    assemble(tiny("routes.0.task=t2i", "routes.1.task=edit"), device=CPU)
+
+
 def test_a_pack_whose_words_a_family_lacks_is_refused_with_its_line(tiny):
     with pytest.raises(RecipeError, match=r"t2i\.jsonl, line 1: "):
         assemble(tiny("routes.0.data={pack: t2i}"), device=CPU)

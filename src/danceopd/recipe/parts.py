@@ -188,6 +188,9 @@ class RoutePart(Part):
     field: str = Field(description="Name of the field.")
     name: str | None = Field(default=None, description="The route's name in logs; the field's by default.")
     data: DataPart
+    task: Literal["t2i", "edit"] | None = Field(
+        default=None, description="What the data must be: t2i has no source images, edit has one on every row."
+    )
     weight: float = _number(default=1.0, gt=0, description="Relative share of the samples.")
     guidance_scale: float | None = _number(
         default=None, ge=0, description="In the place of the field's, on this route; 1 is none."

@@ -85,15 +85,18 @@ def route_examples(
         if part.resolution is not None:
             raise RecipeError(f"routes.{index}.resolution: generated data have a size of their own")
         try:
-            return family.generator(part.data.generator, size=part.data.size, seed=part.data.seed)
+            generated = family.generator(part.data.generator, size=part.data.size, seed=part.data.seed)
         except ValueError as error:
             raise RecipeError(f"routes.{index}.data.generator: {error}") from error
+        _require_task(index, part, edits=generated[0].source is not None, found=part.data.generator)
+        return generated
     size = part.resolution or family.size
     try:
         family.latent_shape(*size)
     except ValueError as error:
         raise RecipeError(f"routes.{index}.resolution: {error}") from error
     manifest = _manifest(part.data, family.buckets(size), needs_targets)
+    _require_task(index, part, edits=manifest.edits, found=f"{manifest.name} (first row: {manifest.entries[0].place})")
     if manifest.edits and not family.can_edit:
         raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.name} holds edits")
     if manifest.edits and told is not None and not told.family.can_edit:
@@ -113,6 +116,15 @@ def route_examples(
             if told is not None:
                 told.family.empty(samples.field_condition, negative_prompt)
     return manifest
+
+
+def _require_task(index: int, part: RoutePart, *, edits: bool, found: str) -> None:
+    """Refuse data of another kind than the route says. found: what errors call the data."""
+    if part.task is not None and edits != (part.task == "edit"):
+        kind = "edits, with source images" if edits else "text to image, without source images"
+        raise RecipeError(
+            f"routes.{index}.task: route {part.name or part.field!r} is {part.task!r}, but {found} holds {kind}"
+        )
 
 
 def _manifest(part: DataPart, buckets: Buckets | None, targets: bool) -> Manifest:
