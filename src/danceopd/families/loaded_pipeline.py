@@ -156,8 +156,10 @@ class LoadedPipeline:
                 )
         self.latent_shape(*images[0].shape[1:])
         vae = self.pipeline.vae
+        # Pipelines' image processors leave images channels-last, and convolutions round by the memory's layout.
+        pixels = torch.stack(list(images)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, enabled=False):
-            latents = vae.encode(torch.stack(list(images)).to(self.encoder_device, vae.dtype)).latent_dist.mode()
+            latents = vae.encode(pixels.to(self.encoder_device, vae.dtype)).latent_dist.mode()
         return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).float().to(self.device)
 
     @torch.no_grad()
