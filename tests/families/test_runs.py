@@ -1,5 +1,6 @@
 """From a recipe to an export that others load, on every family over diffusers."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,25 @@ def test_a_recipe_is_checked_trained_resumed_sampled_and_exported(recipe_file, r
         card = (out / "README.md").read_text()
         assert str(tmp_path) not in card
         assert all(digest in card for digest in assembly.hashes.values())
+
+
+@pytest.mark.parametrize(("mode", "rank", "exported"), [("trainable", 3, 3), ("merged", 4, 3 + 4)])
+def test_a_student_that_starts_from_a_field_exports_over_the_original_base(
+    recipe_file, request, tmp_path, mode, rank, exported
+):
+    case = CASES[request.node.callspec.params["recipe_file"]]
+    student = {"init": "style", "init_mode": mode, "lora": {"rank": rank, "alpha": 6.0}}
+    folder = train(load_recipe(recipe_file, [f"student={json.dumps(student)}", "train.steps=1"]))
+    export(folder, tmp_path / "export")
+    assembly, _ = load_run(folder, device=CPU)
+    family, examples = assembly.family, [Example(prompt=prompt) for prompt in PROMPTS]
+    part = assembly.recipe.evaluate.model_copy(update={"seed": 2})
+    ours = draw(assembly.student.model, family, examples, part)
+    for other in (assembly.base, assembly.fields["style"]):
+        assert float((ours - draw(other.velocity, family, examples, part)).abs().max()) > 1e-3
+    assert family.load_lora(family.resolve(str(tmp_path / "export"))).rank == exported
+    found = pipeline_images(fresh_pipeline(family, tmp_path, tmp_path / "export", "lora"), case, family)
+    torch.testing.assert_close(ours / 2 + 0.5, found, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kontext", "omni"])
