@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from shared_backbones import ALPHA, PROMPTS, RANK, SHAPE, perturb, shared_backbone
+from shared_backbones import ALPHA, PROMPTS, RANK, SHAPE, perturb, shared_backbone, twin_backbone
 
 import danceopd as d
 from danceopd.distill.solver import integrate
@@ -53,17 +53,25 @@ def test_one_update_lowers_the_loss_and_changes_the_student_alone(case):
     assert {name for name, value in family.model.named_parameters() if value.grad is not None} >= changed
 
 
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_student_that_equals_its_teacher_has_zero_loss(case, fold, precision, rng):
-    family = case.family(case.pipeline())
-    backbone = shared_backbone(family, fold=fold)
-    perturb(backbone, "student", 0.3, seed=7)
-    method = method_for(family, AdapterField(backbone, family.model, "student"), case.can_edit)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        result = method.step(AdapterModel(backbone, family.model, "student"), batch_size=4, generator=rng)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("frozen", "fold"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_a_student_that_starts_as_its_teacher_has_zero_loss(case, frozen, fold, autocast):
+    """Two adapters: the teacher's own, frozen, and the student's, a copy."""
+    family = case.family(case.pipeline().to(frozen))
+    backbone = twin_backbone(family, fold=fold)
+    assert next(family.network.parameters()).dtype == frozen
+    student = AdapterModel(backbone, family.model, "student")
+    method = method_for(family, AdapterField(backbone, family.model, "teacher"), case.can_edit)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return method.step(student, batch_size=4, generator=torch.Generator().manual_seed(0))
+
+    result = step()
     assert float(result.loss.detach()) == 0.0
     assert len(result.routes) == len(method.routes)
+    perturb(backbone, "student", 0.1, seed=7)
+    assert float(step().loss.detach()) > 0.0
 
 
 def test_gradient_checkpointing_changes_no_gradient(case):
