@@ -202,16 +202,42 @@ def test_routes_have_their_own_guidance_size_steps_and_states(tmp_path):
     assert "large: 50% of samples, taught by base, on " in check(recipe).routes[1]
 
 
-def test_frozen_weights_may_be_bf16_under_a_float32_student(sd3):
-    path = sd3(base_dtype="bf16")
-    assembly = assemble(load_recipe(path, ["train.gradient_checkpointing=true"]), device=CPU)
+def test_a_routes_negative_prompt_guidance_and_weight_are_what_it_teaches_with(tmp_path):
+    data = {"manifest": "prompts.jsonl"}
+    routes = [
+        {"field": "plain", "data": data, "weight": 3.0},
+        {"field": "plain", "name": "sharp", "data": data, "guidance_scale": 4.0, "negative_prompt": "blurry"},
+    ]
+    fields = {"plain": {"base": True, "guidance_scale": 2.0, "negative_prompt": "dark"}}
+    path = write_recipe(CASES["sd3"], "sd3", tmp_path, routes=routes, fields=fields)
+    assembly = assemble(load_recipe(path), device=CPU)
+    family, base, method = assembly.family, assembly.base, assembly.method
+    generator = torch.Generator().manual_seed(0)
+    z, sigma, condition = torch.randn(2, 4, 8, 12, generator=generator), torch.ones(2), family.encode(PROMPTS, None)
+    conditional, taught = base.velocity(z, sigma, condition), []
+    for route, alpha, negative in zip(method.routes, (2.0, 4.0), ("dark", "blurry"), strict=True):
+        unwanted = family.empty(condition, negative)
+        assert torch.equal(route.empty(condition).prompt_embeds, unwanted.prompt_embeds)
+        empty = base.velocity(z, sigma, unwanted)
+        taught.append(route.field.velocity(z, sigma, condition))
+        torch.testing.assert_close(taught[-1], empty + alpha * (conditional - empty))
+        other = base.velocity(z, sigma, family.empty(condition, ""))
+        assert float((taught[-1] - other - alpha * (conditional - other)).abs().max()) > 1e-3
+    assert float((taught[0] - taught[1]).abs().max()) > 1e-3
+    assert method.router.shares.tolist() == [0.75, 0.25]
+    drawn = method.router.draw(4000, generator)
+    assert float((drawn == 0).float().mean()) == pytest.approx(0.75, abs=0.03)
+
+
+def test_frozen_weights_may_be_bf16_under_a_float32_student(recipe_file):
+    frugal = load_recipe(recipe_file, ["base_dtype=bf16", "train.gradient_checkpointing=true"])
+    assembly = assemble(frugal, device=CPU)
     assert {p.dtype for p in assembly.student.parameters.values()} == {torch.float32}
     frozen = [p for name, p in assembly.family.network.named_parameters() if ".lora_" not in name]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
     assert assembly.family.network.is_gradient_checkpointing
-    folder = train(load_recipe(path, ["train.gradient_checkpointing=true"]))
-    assert {tensor.dtype for tensor in final(folder)["optimizer"].values()} == {torch.float32}
-    auto = load_recipe(path, ["base_dtype=auto", "train.precision=bf16"])
+    assert {tensor.dtype for tensor in final(train(frugal))["optimizer"].values()} == {torch.float32}
+    auto = load_recipe(recipe_file, ["base_dtype=auto", "train.precision=bf16"])
     assert next(assemble(auto, device=CPU).family.network.parameters()).dtype == torch.bfloat16
 
 
