@@ -2,64 +2,24 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import assert_same_run, final, finish, kill_at, start, wait_for_step
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from danceopd.evaluation.shapes import ShapesScorer
 from danceopd.exports import export
 from danceopd.pictures import sample_images
-from danceopd.recipe import RecipeError, dump_recipe
+from danceopd.recipe import RecipeError
 from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
 from danceopd.training.trainer import Interrupted, Trainer
-
-COMMAND = [sys.executable, "-W", "ignore", "-c", "from danceopd.cli import main; main()"]
-
-
-def start(recipe, path, *options):
-    path.write_text(dump_recipe(recipe))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*COMMAND, "train", str(path), *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def wait_for_step(folder, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if folder.metrics_file.exists() and len(folder.metrics_file.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"no update {step} within two minutes")
-
-
-def final(folder):
-    path = checkpoints(folder.checkpoints)[-1]
-    names = ("student", "ema", "optimizer")
-    return load_checkpoint_state(path), {name: load_file(path / f"{name}.safetensors") for name in names}
-
-
-def strip(lines):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 @pytest.mark.parametrize("student", ["lora", "full"])
@@ -72,20 +32,11 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, student):
     cut = tiny(f"output={tmp_path / 'cut'}", *extra)
     folder = RunFolder(tmp_path / "cut")
     for step in (1, 5, 8):
-        process = start(cut, tmp_path / "cut.yaml", "--resume")
-        wait_for_step(folder, step)  # resuming drops the lines after the checkpoint, so these are new
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        kill_at(step, cut, tmp_path / "cut.yaml")
     assert 0 < load_checkpoint_state(checkpoints(folder.checkpoints)[-1]).step < 12
     code, _, err = finish(start(cut, tmp_path / "cut.yaml", "--resume"))
     assert code == 0, err
-    (state_a, tensors_a), (state_b, tensors_b) = final(RunFolder(tmp_path / "whole")), final(folder)
-    assert state_a.model_dump(exclude={"seconds"}) == state_b.model_dump(exclude={"seconds"})
-    for name, tensors in tensors_a.items():
-        assert tensors.keys() == tensors_b[name].keys()
-        assert all(torch.equal(tensors[key], tensors_b[name][key]) for key in tensors), name
-    assert strip(RunFolder(tmp_path / "whole").metrics()) == strip(folder.metrics())
+    assert_same_run(RunFolder(tmp_path / "whole"), folder)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
