@@ -168,6 +168,13 @@ def test_manifests_and_folders_of_images_are_relative_to_the_recipe(tmp_path, co
     assert second.data.images == str(tmp_path / "photos")
 
 
+def test_a_cache_is_relative_to_the_recipe_too(tmp_path, content):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    found = [load_recipe(tmp_path / "r.yaml", [f"data_cache={value}"]) for value in ("kept", "/kept", "false", "null")]
+    assert [recipe.data_cache for recipe in found] == [str(tmp_path / "kept"), "/kept", False, None]
+    assert parse_recipe(yaml.safe_load(dump_recipe(found[0])), where="resolved") == found[0]
+
+
 def test_references_are_files_beside_the_recipe_or_stay_as_they_are(content, tmp_path):
     content["fields"] = {
         "here": {"lora": "loras/here"},

@@ -32,11 +32,15 @@ def test_a_square_picture_keeps_to_the_given_size_where_the_other_way_up_is_as_n
         assert Buckets(size, 4).size_for(64, 64) == size
 
 
-def test_little_is_cut_off_up_to_one_to_four_and_longer_pictures_get_the_last_bucket():
+def test_little_is_cut_off_up_to_one_to_four_and_longer_pictures_are_refused():
     buckets = Buckets((1024, 1024), 16)
     for k in range(101):
         aspect = 4 ** (k / 50 - 1)
         height, width = buckets.size_for(round(1000 * aspect), 1000)
         assert abs(math.log(height / width) - math.log(aspect)) < 0.13
-    assert buckets.size_for(100, 10_000) == (512, 2048)
-    assert buckets.size_for(10_000, 100) == (2048, 512)
+    assert buckets.size_for(500, 2000) == (512, 2048)
+    assert buckets.size_for(2000, 500) == (2048, 512)
+    for height, width in ((500, 2001), (2001, 500)):
+        with pytest.raises(ValueError, match=f"found a picture of {width} x {height}, at most 1:4 is taken"):
+            buckets.size_for(height, width)
+    assert Buckets((1536, 256), 16).size_for(1536, 256) == (1536, 256)

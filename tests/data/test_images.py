@@ -49,6 +49,25 @@ def test_a_photograph_lies_as_its_camera_was_held(tmp_path):
     assert (pixels[0] < 0).nonzero().tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize(("mode", "color"), [("RGBA", (255, 0, 0)), ("LA", (80,))])
+@pytest.mark.parametrize("alpha", [255, 128, 0])
+def test_what_is_transparent_shows_white_and_not_the_colour_hidden_in_it(tmp_path, mode, color, alpha):
+    Image.new(mode, (4, 2), (*color, alpha)).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", "a")[:, 1, 2]
+    opaque = (torch.tensor(color) / 127.5 - 1).expand(3)
+    torch.testing.assert_close(found, 1 - alpha / 255 * (1 - opaque), rtol=0, atol=1.1 / 127.5)
+
+
+def test_a_palettes_transparent_colour_shows_white(tmp_path):
+    picture = Image.new("P", (4, 2), 1)
+    picture.putpalette([0, 0, 255, 255, 0, 0])
+    picture.putpixel((0, 0), 0)
+    picture.save(tmp_path / "p.png", transparency=1)
+    found = read_image(tmp_path / "p.png", "p")
+    assert found[:, 0, 0].tolist() == [-1, -1, 1]
+    assert float(found[:, 1, 1].min()) == 1
+
+
 def test_fitting_scales_without_stretching_and_cuts_evenly(tmp_path):
     """A wide picture of a centred disc on stripes: the disc stays round and in the middle, the ends are cut off."""
     row, column = torch.meshgrid(torch.arange(40.0), torch.arange(120.0), indexing="ij")

@@ -231,6 +231,14 @@ def test_an_edits_images_share_a_bucket_and_a_crop(tmp_path):
         read_manifest(tmp_path / "m.jsonl", buckets=buckets)
 
 
+def test_a_picture_too_long_for_its_bucket_is_refused_with_its_row(tmp_path, picture):
+    Image.new("RGB", (130, 32)).save(tmp_path / "long.png")
+    path = write(tmp_path / "m.jsonl", *({"instruction": "x", "source": name} for name in (picture, "long.png")))
+    with pytest.raises(ManifestError, match=r"m.jsonl, line 2: found a picture of 130 x 32, at most 1:4"):
+        read_manifest(path, buckets=Buckets((32, 32), 8))
+    assert read_manifest(path)[1].source.shape == (3, 32, 130)
+
+
 def test_targets_that_nothing_needs_give_their_size_alone(tmp_path, picture):
     path = write(tmp_path / "m.jsonl", {"prompt": "a wall", "target": picture})
     example = read_manifest(path, targets=False)[0]

@@ -243,6 +243,20 @@ def test_a_student_of_higher_rank_starts_as_its_source_and_can_train_all_of_it(r
         AdapterBackbone(TinyNet()).create("student", rank=2, alpha=2.0, targets=TARGETS, generator=rng, start=lora(1))
 
 
+@pytest.mark.parametrize(
+    ("student", "source", "message"),
+    [
+        (["fc_in"], TARGETS, "the student's alone are none, the LoRA's alone 1, first 'fc_out'; give student.lora"),
+        (TARGETS, ["fc_out"], "the student's alone are 1, first 'fc_in', the LoRA's alone none; give student.lora"),
+    ],
+)
+def test_a_student_may_not_start_from_a_source_on_other_modules(rng, student, source, message):
+    weights = {key: weight for key, weight in lora(1).weights.items() if key.startswith(tuple(source))}
+    start = Lora(rank=3, alpha=6.0, weights=weights)
+    with pytest.raises(AdapterMismatch, match=message):
+        AdapterBackbone(TinyNet()).create("student", rank=3, alpha=6.0, targets=student, generator=rng, start=start)
+
+
 def test_loras_that_do_not_fit_are_refused_by_name(shared):
     backbone, _ = shared
     foreign = Lora(

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from storage import held
 
 from danceopd.families.shapes import WEIGHTS, ShapesFamily, ShapesModel
+from danceopd.fields.adapters import AdapterMismatch, Lora
 from danceopd.fields.hub import Located
 from danceopd.fields.offload import OffloadedField
 from danceopd.fields.teachers import CheckpointError, load_lora, merge_lora, save_lora, source_hash
@@ -74,6 +75,15 @@ def velocity(field, family):
     z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return field(z, torch.tensor([0.9, 0.3]), family.encode(["a red circle", "two blue squares"], None))
+
+
+def test_a_source_that_does_not_fit_is_refused_by_its_field_and_its_file(tiny, checkpoint, tmp_path):
+    foreign = {"attn.lora_A.weight": torch.zeros(2, 4), "attn.lora_B.weight": torch.zeros(4, 2)}
+    save_lora(Lora(rank=2, alpha=2.0, weights=foreign), tmp_path / "foreign.safetensors")
+    with pytest.raises(AdapterMismatch, match=r"^fields\.other: LoRA 'other' adapts 1 modules that"):
+        assemble(tiny(f"fields.other={{lora: {tmp_path}/foreign.safetensors}}"), device=CPU)
+    with pytest.raises(CheckpointError, match=r"^fields\.other: .*full\.safetensors"):
+        assemble(tiny(f"fields.other={{lora: {checkpoint}}}"), device=CPU)
 
 
 def test_loras_over_one_checkpoint_share_one_copy_of_it(tiny, checkpoint):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 BUCKETS_PER_SIDE = 16
 """How finely a side of the square is divided: more buckets cut less off a picture and fill batches less."""
 
+LONGEST = 4.0
+"""How many times its shorter side a picture's longer one may be: of a longer picture most would be cut off."""
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -25,7 +28,17 @@ class Buckets:
     step: int
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) of a picture's bucket."""
+        """The (height, width) of a picture's bucket.
+
+        Raises:
+            ValueError: if the picture is longer than ``LONGEST``, and than ``size`` itself.
+        """
+        limit = max(LONGEST, max(self.size) / min(self.size))
+        if max(height, width) > limit * min(height, width):
+            raise ValueError(
+                f"found a picture of {width} x {height}, at most 1:{limit:g} is taken: most of a longer one would be "
+                "cut off; crop it to what matters"
+            )
         aspect = math.log(height / width)
         return min(self.sizes(), key=lambda size: round(abs(math.log(size[0] / size[1]) - aspect), 6))
 

@@ -86,7 +86,7 @@ def write_image_file(path: Path, image: Tensor) -> None:
 
 
 def _open(place: Path | bytes, name: str) -> Image.Image:
-    """Upright RGB pixels, decoded."""
+    """Upright RGB pixels, decoded; what is transparent shows white."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
@@ -97,7 +97,11 @@ def _open(place: Path | bytes, name: str) -> Image.Image:
                     )
                 if image.mode.startswith(("I", "F")):
                     raise ImageError(f"image is of mode {image.mode}, needed is one of 8 bits a channel: {name}")
-                return ImageOps.exif_transpose(image).convert("RGB")
+                upright = ImageOps.exif_transpose(image)
+                if upright.has_transparency_data:  # the colours of what is transparent were never to be seen
+                    white = Image.new("RGBA", upright.size, "white")
+                    upright = Image.alpha_composite(white, upright.convert("RGBA"))
+                return upright.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ImageError(f"image has too many pixels, at most {PIXEL_LIMIT:,} are read: {name} ({error})") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -99,6 +99,10 @@ class Manifest:
                 )
             if buckets is not None:
                 _require_one_aspect(entry)
+                try:
+                    _fitted_size(entry, buckets)
+                except ValueError as error:
+                    raise ManifestError(f"{entry.place}: {error}") from error
 
     @property
     def edits(self) -> bool:

@@ -103,8 +103,14 @@ class AdapterBackbone:
                     f"the student cannot start from a LoRA of rank {start.rank} with rank {rank}: use at least rank "
                     f"{start.rank}, or student.init_mode merged"
                 )
-            if set(get_peft_model_state_dict(self.module, adapter_name=name)) != set(start.weights):
-                raise AdapterMismatch("the student's LoRA targets differ from those of the LoRA it starts from")
+            own = get_peft_model_state_dict(self.module, adapter_name=name)
+            if set(own) != set(start.weights):
+                mine, theirs = {key.rsplit(".lora_", 1)[0] for key in own}, set(start.targets)
+                raise AdapterMismatch(
+                    "the student cannot start from a LoRA on other modules: the student's alone are "
+                    f"{_listed(mine - theirs)}, the LoRA's alone {_listed(theirs - mine)}; give student.lora.targets "
+                    "the LoRA's, or use student.init_mode merged"
+                )
         with torch.no_grad():
             for key, parameter in self.named_parameters(name):
                 if "lora_A" in key:
@@ -257,6 +263,11 @@ class AdapterBackbone:
             found = tuple(None if part is None else tuple(part.shape) for part in (found_a, found_b))
             if found != needed:
                 raise AdapterMismatch(f"LoRA {name!r} at {target!r}: found shapes {found}, needed {needed}")
+
+
+def _listed(modules: set[str]) -> str:
+    """How many modules these are, and the first."""
+    return f"{len(modules)}, first {min(modules)!r}" if modules else "none"
 
 
 def _alpha(alpha: float) -> int:

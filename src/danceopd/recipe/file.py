@@ -38,7 +38,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def with_absolute_files(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with its manifests and weight files, relative to ``folder``, written so that a copy finds them too."""
+    """The recipe with its manifests, weight files and cache, relative to ``folder``, written so that a copy finds them
+    too."""
 
     def weights(reference: str | None) -> str | None:
         if reference is None:
@@ -58,7 +59,10 @@ def with_absolute_files(recipe: Recipe, folder: Path) -> Recipe:
         for name, part in recipe.fields.items()
     }
     routes = tuple(route(part) for part in recipe.routes)
-    return recipe.model_copy(update={"base": weights(recipe.base), "fields": fields, "routes": routes})
+    files = {"base": weights(recipe.base), "fields": fields, "routes": routes}
+    if recipe.data_cache:
+        files["data_cache"] = absolute(recipe.data_cache)
+    return recipe.model_copy(update=files)
 
 
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:

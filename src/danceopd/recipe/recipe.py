@@ -80,8 +80,8 @@ class Recipe(Part):
     evaluate: EvaluatePart = EvaluatePart()
     data_cache: str | Literal[False] | None = Field(
         default=None,
-        description="Folder of encoded prompts and images, which runs may share; by default 'cache' beside the run "
-        "folder, false for none. A family whose encoding costs next to nothing has none.",
+        description="Folder of encoded prompts and images, which runs may share, relative to the recipe; by default "
+        "'cache' beside the run folder, false for none. A family whose encoding costs next to nothing has none.",
     )
     output: str = Field(description="Run folder.")
 

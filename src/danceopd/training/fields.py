@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from danceopd.families.family import Family
-from danceopd.fields.adapters import AdapterBackbone, AdapterField
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch
 from danceopd.fields.field import VelocityField
 from danceopd.fields.hub import Kind, locate
 from danceopd.fields.offload import OffloadedField
-from danceopd.fields.teachers import source_hash
+from danceopd.fields.teachers import CheckpointError, source_hash
 from danceopd.recipe import FieldPart, Recipe, RecipeError
 
 OpenFamily = Callable[[str, str], Family]
@@ -112,6 +112,12 @@ class FieldLoader:
             RecipeError: if it does not share the student's latent space, or shares a network that is kept elsewhere.
             CheckpointError, AdapterMismatch: if a source cannot be had or does not fit.
         """
+        try:
+            return self._load(name, part)
+        except (CheckpointError, AdapterMismatch) as error:
+            raise type(error)(f"fields.{name}: {error}") from error
+
+    def _load(self, name: str, part: FieldPart) -> VelocityField:
         family, network = self._family(name, part), self._network(name, part)
         adapters = []
         if part.lora is not None:
