@@ -135,7 +135,6 @@ def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
         RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit.
     """
     assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
-    assembly.release_encoders()
     generator = torch.Generator().manual_seed(recipe.train.seed)
     count = recipe.flow_opd.group_size if recipe.method == "flow_opd" else 2
     with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
@@ -166,7 +165,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunFolder:
             recipe = prepare_recipe(recipe, device)
         assembly = assemble(recipe, device=device)
         folder.write_recipe(recipe)
-        assembly.release_encoders()
         trainer = Trainer(assembly, folder, on_samples=sample_grid_writer(folder))
         trainer.resume()
         trainer.run()

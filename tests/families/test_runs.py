@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import CASES
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from danceopd.cli import app
@@ -17,11 +20,12 @@ from danceopd.data.examples import Example
 from danceopd.data.images import read_image_file, write_image_file
 from danceopd.evaluation.pictures import draw
 from danceopd.exports import export
+from danceopd.families.flux import FluxFamily
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.teachers import CheckpointError
 from danceopd.recipe import RecipeError, load_recipe
 from danceopd.runs import check, evaluate, train
-from danceopd.training.assemble import assemble
+from danceopd.training.assemble import assemble, load_models
 from danceopd.training.checkpoint import checkpoints
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import load_run
@@ -333,6 +337,43 @@ def test_training_from_a_full_cache_encodes_nothing_and_is_the_same(name, tmp_pa
     assert list((tmp_path / "cache").glob("*/*.safetensors"))
     with pytest.raises(TypeError):
         train(recipe.model_copy(update={"output": str(tmp_path / "uncached"), "data_cache": False}))
+
+
+@pytest.mark.parametrize(
+    ("make", "cache", "stages"),
+    [
+        (assemble, "null", ["encoders", "encoding", "encoders", "networks"]),
+        (assemble, "false", ["encoders", "encoding", "networks"]),
+        (load_models, "null", ["encoders", "networks"]),
+    ],
+)
+def test_networks_come_to_the_accelerator_when_the_encoders_have_left(tmp_path, monkeypatch, make, cache, stages):
+    """There is one device here: what is asked of the modules, and when, tells where they would be."""
+    overrides = ["fields.whole={checkpoint: base/transformer/diffusion_pytorch_model.safetensors}"]
+    overrides += ["student.lora=null", f"data_cache={cache}"]
+    recipe = load_recipe(write_recipe(CASES["kontext"], "flux", tmp_path), overrides)
+    order, networks = [], []
+    original, encode = torch.nn.Module.to, FluxFamily.encode_prompts
+
+    def moved(module, *args, **options):
+        found = [part for part in module.modules() if isinstance(part, FluxTransformer2DModel)]
+        networks.extend(found)
+        if found or isinstance(module, PreTrainedModel | AutoencoderKL):
+            order.append("networks" if found else "encoders")
+        return original(module, *args, **options)
+
+    def encoded(*args, **options):
+        order.append("encoding")
+        return encode(*args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(FluxFamily, "encode_prompts", encoded)
+    loaded = make(recipe, device=CPU)
+    assert [stage for stage, _ in groupby(order)] == stages
+    assert {id(network) for network in networks} == {
+        id(part)
+        for part in (loaded.family.network, loaded.student.network, loaded.fields["whole"].model.backbone.module)
+    }
 
 
 def test_embedded_guidance_comes_from_the_recipe(tmp_path):

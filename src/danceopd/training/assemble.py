@@ -42,6 +42,7 @@ class LoadedModels:
 
     bare: the fields, mixtures aside, without their guidance, and how each of them is told what the user asked for.
     inputs: of the fields that are told something else than the student. models: every network held but a student's own.
+    resident: the networks that belong on the accelerator, a student's own among them.
     hashes: SHA-256 of every weight file (and the hub's commits), by what the recipe calls it.
     """
 
@@ -52,13 +53,19 @@ class LoadedModels:
     fields: dict[str, VelocityField]
     inputs: dict[str, FieldInput]
     models: list[nn.Module]
+    resident: list[nn.Module]
     student: Student
     hashes: dict[str, str]
 
-    def release_encoders(self) -> None:
-        """Move to the CPU what a cache stands in for."""
+    def settle(self, device: torch.device) -> None:
+        """Move the networks to their device, and before them to the CPU what a cache stands in for.
+
+        So an accelerator need not hold encoders and networks at a time.
+        """
         for family in [self.family, *(each.family for each in self.inputs.values())]:
             family.release_encoders()
+        for model in self.resident:
+            model.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,13 @@ def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     Raises:
         RecipeError, CheckpointError, AdapterMismatch: for whatever does not fit.
     """
+    loaded = _open_models(recipe, device=device)
+    loaded.settle(device)
+    return loaded
+
+
+def _open_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
+    """``load_models`` with the encoders on the device, and the networks still in main memory."""
     sources = Sources()
     opened = partial(open_family, recipe)
     family = sources.base(recipe.base, recipe.family, opened, own=True)
@@ -91,8 +105,7 @@ def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     fields |= {name: MixtureField([fields[member] for member in mixture]) for name, mixture in mixtures.items()}
     inputs = {name: told for name, (_, told) in bare.items() if plain[name].told_apart}
     student = Student(recipe, family, backbone, *_start(recipe, family, sources))
-    family.to(device)
-    student.model.to(device)
+    family.to(device, network=False)
     use_cache(recipe, list(dict.fromkeys([family, *(each.family for each in inputs.values())])))
     if recipe.train.gradient_checkpointing:
         try:
@@ -107,6 +120,7 @@ def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
         fields=fields,
         inputs=inputs,
         models=loader.models,
+        resident=[*loader.resident, student.model],
         student=student,
         hashes=sources.hashes,
     )
@@ -118,7 +132,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
     Raises:
         RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
     """
-    loaded = load_models(recipe, device=device)
+    loaded = _open_models(recipe, device=device)
     if recipe.train.compile:
         try:
             loaded.family.compile(loaded.student.network)
@@ -138,6 +152,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
             bare, told = loaded.bare[part.field]
             field = _guided(bare, *_guidance(recipe, part), told.family)
         routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field)))
+    loaded.settle(device)
     grid = _grids(family, recipe.rollout.num_inference_steps, recipe.rollout.shift)
     method = _method(recipe, routes, grid, loaded.fields, device)
     hashes = loaded.hashes | {f"data of {name}": bucket.source.digest() for name, bucket in buckets.items()}

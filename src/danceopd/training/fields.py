@@ -101,6 +101,11 @@ class FieldLoader:
             network.model for network in self._networks.values()
         ]
 
+    @property
+    def resident(self) -> list[nn.Module]:
+        """Those of them that belong on the accelerator; they wait in main memory until they are moved."""
+        return [network.model for network in self._networks.values() if network.keep_on == "accelerator"]
+
     def input(self, name: str, part: FieldPart) -> FieldInput:
         """How the field is told what the user asked for."""
         return FieldInput(self._family(name, part), part.prompt_prefix)
@@ -154,7 +159,6 @@ class FieldLoader:
             model = family.model
             if part.checkpoint is not None:
                 model = family.load_model(self._sources.file(part.checkpoint, "checkpoint", family))
-            model.to("cpu" if part.keep_on == "cpu" else self._device)
             backbone = adapter_backbone(model.get_submodule("network"), self._device)
             self._networks[key] = _Network(model, backbone, part.keep_on)
         if self._networks[key].keep_on != part.keep_on:
