@@ -376,6 +376,25 @@ def test_networks_come_to_the_accelerator_when_the_encoders_have_left(tmp_path, 
     }
 
 
+@pytest.mark.parametrize(("cache", "encoded"), [("null", 4), ("false", 2)])
+def test_without_a_cache_one_row_of_each_shape_is_encoded_to_see_that_it_fits(tmp_path, monkeypatch, cache, encoded):
+    path = write_recipe(CASES["kontext"], "flux", tmp_path)
+    for index, size in enumerate([(64, 64), (48, 80), (64, 64), (48, 80)]):
+        write_image_file(tmp_path / f"{index}.png", picture(*size, seed=index))
+    lines = [{"instruction": f"make it {index}", "source": f"{index}.png"} for index in range(4)]
+    write_manifest(tmp_path / "edits.jsonl", *lines)
+    asked, encode = [], FluxFamily.encode_prompts
+
+    def counted(family, prompts, *, edits):
+        asked.extend(prompts if edits else [])
+        return encode(family, prompts, edits=edits)
+
+    monkeypatch.setattr(FluxFamily, "encode_prompts", counted)
+    assembly = assemble(load_recipe(path, [f"data_cache={cache}"]), device=CPU)
+    assert [prompt for prompt in asked if prompt] == [f"make it {index}" for index in range(encoded)]
+    assert len(assembly.buckets["style"].source) == 4
+
+
 def test_embedded_guidance_comes_from_the_recipe(tmp_path):
     path = write_recipe(CASES["flux"], "flux", tmp_path)
     conditions = [

@@ -69,6 +69,13 @@ def test_a_pack_whose_words_a_family_lacks_is_refused_with_its_line(tiny):
         assemble(tiny("routes.0.data={pack: t2i}"), device=CPU)
 
 
+def test_every_row_is_tried_where_a_prompt_can_be_refused_with_or_without_a_cache(tiny, tmp_path):
+    lines = [f'{{"prompt": "{prompt}"}}' for prompt in ("a red circle", "a blue square", "an otter")]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=r"m\.jsonl, line 3: "):
+        assemble(tiny(f"routes.0.data={{manifest: {tmp_path}/m.jsonl}}", "data_cache=false"), device=CPU)
+
+
 def test_encoders_are_released_before_the_first_update(tiny, monkeypatch):
     order = []
     step = d.DanceOPD.step

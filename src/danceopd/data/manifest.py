@@ -117,6 +117,13 @@ class Manifest:
         sizes = None if self.buckets is None else [self.buckets.size, self.buckets.step]
         return hashlib.sha256(json.dumps([sizes, rows]).encode()).hexdigest()
 
+    def shape(self, index: int) -> tuple[object, ...]:
+        """The sizes of an example's images; rows of one shape are alike but for words and pixels. No image is read."""
+        entry = self.entries[index]
+        fitted = None if self.buckets is None else _fitted_size(entry, self.buckets)
+        images = (entry.source, entry.target)
+        return fitted, *(None if image is None else fitted or (image.height, image.width) for image in images)
+
     def __len__(self) -> int:
         return len(self.entries)
 

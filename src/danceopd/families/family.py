@@ -27,6 +27,9 @@ class Family(Protocol):
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
 
+    takes_any_prompt: ClassVar[bool]
+    """Whether ``encode`` takes every text; without it each prompt has to be tried."""
+
     size: tuple[int, int]
     """Height and width of the images of examples that bring none of their own."""
 

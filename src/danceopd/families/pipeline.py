@@ -45,6 +45,7 @@ class PipelineFamily(ABC, Generic[ConditionType]):
 
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
+    takes_any_prompt: ClassVar[bool] = True
     pipelines: ClassVar[tuple[type, ...]]
     """Classes of pipelines that the family is for."""
     editors: ClassVar[tuple[type, ...]] = ()

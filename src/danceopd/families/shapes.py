@@ -47,6 +47,7 @@ class ShapesFamily:
 
     name: ClassVar[str] = "shapes"
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    takes_any_prompt: ClassVar[bool] = False
     default_shift: ClassVar[float] = 1.0
     size = (IMAGE_SIZE, IMAGE_SIZE)
 

@@ -144,7 +144,13 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
     for index, part in enumerate(recipe.routes):
         name = part.name or part.field
         examples = route_examples(
-            index, part, family, inputs.get(part.field), _guidance(recipe, part)[1], needs_targets
+            index,
+            part,
+            family,
+            inputs.get(part.field),
+            _guidance(recipe, part)[1],
+            needs_targets=needs_targets,
+            cached=recipe.data_cache is not False,
         )
         buckets[name] = Bucket(examples, seed=recipe.train.seed * 1000 + index)
         field = loaded.fields[part.field]

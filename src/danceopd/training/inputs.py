@@ -73,10 +73,19 @@ def use_cache(recipe: Recipe, families: Sequence[Family]) -> None:
 
 
 def route_examples(
-    index: int, part: RoutePart, family: Family, told: FieldInput | None, negative_prompt: str, needs_targets: bool
+    index: int,
+    part: RoutePart,
+    family: Family,
+    told: FieldInput | None,
+    negative_prompt: str,
+    *,
+    needs_targets: bool,
+    cached: bool,
 ) -> ExampleSource:
-    """A route's training inputs. Every one of a manifest is encoded, which finds what does not fit and fills the cache;
-    so is the negative prompt.
+    """A route's training inputs. What of a manifest may not fit is encoded, and so is the negative prompt.
+
+    That is every row where a prompt can be refused, and one of each shape elsewhere. cached: every row in any case,
+    which fills the cache.
 
     Raises:
         RecipeError, ManifestError: for whatever the family cannot take, with its row.
@@ -104,9 +113,16 @@ def route_examples(
             f"routes.{index}: {manifest.name} holds edits, and the family of field {part.field!r}, "
             f"{told.family.name!r}, cannot edit"
         )
+    families = [family] if told is None else [family, told.family]
+    every = cached or not all(each.takes_any_prompt for each in families)
+    tried = set()
     for position, entry in enumerate(manifest.entries):
         if needs_targets and entry.target is None:
             raise RecipeError(f"{entry.place}: noising data needs a 'target' on every row")
+        shape = manifest.shape(position)
+        if shape in tried and not every:
+            continue
+        tried.add(shape)
         try:
             samples = encoded([manifest[position]], family, told, size)
         except ValueError as error:
