@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from danceopd.cli import app
 from danceopd.data.images import write_image_file
 from danceopd.fields.adapters import AdapterMismatch
+from danceopd.plan import plan
 from danceopd.recipe import Recipe, RecipeError, load_recipe
-from danceopd.runs import plan
 from danceopd.tiny.recipe import tiny_recipe
 from danceopd.tiny.runs import check, train
 from danceopd.training.assemble import Assembly, assemble

@@ -93,7 +93,7 @@ def quickstart(
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -> None:
     """Validate a recipe completely, without training, and say what it will do."""
-    from danceopd.runs import check as run
+    from danceopd.plan import check as run
 
     loaded = load_recipe(recipe, overrides)
     if tiny:
@@ -116,13 +116,20 @@ def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -
     )
     console.print(
         f"{plan.trained_parameters:,} trained parameters; weights, gradients and optimiser {plan.megabytes:.0f} MiB, "
-        "activations beside them" + (" (of the tiny stand-ins)" if tiny else ""),
+        + _activations(plan.activation_megabytes)
+        + (" (of the tiny stand-ins)" if tiny else ""),
         highlight=False,
     )
     if tiny:
         console.print(f"[green]{recipe} works on tiny stand-ins[/]; its own files were not looked at")
         return
     console.print(f"[green]{recipe} is ready to train[/]")
+
+
+def _activations(megabytes: float | None) -> str:
+    if megabytes is None:
+        return "activations (checkpointed, not counted) beside them"
+    return f"activations of a micro-batch {megabytes:.0f} MiB"
 
 
 @app.command()

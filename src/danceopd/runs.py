@@ -1,28 +1,25 @@
-"""Whole jobs over a run folder: check, train, evaluate. The command line only parses and calls these."""
+"""Whole jobs over a run folder: train, evaluate, report. The command line only parses and calls these."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
 from danceopd.evaluation.scorers import Scorer, scorer
 from danceopd.evaluation.shapes import ShapesScorer
 from danceopd.families.shapes import SOURCES
-from danceopd.fields.guidance import GuidedField
 from danceopd.files import write_text
 from danceopd.pictures import sample_grid_writer
-from danceopd.recipe import METHODS, EvaluatePart, FieldPart, Recipe, RecipeError, parse_recipe
+from danceopd.recipe import EvaluatePart, Recipe, RecipeError, parse_recipe
 from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
-from danceopd.training.assemble import Assembly, assemble, autocast, load_models
+from danceopd.training.assemble import assemble, autocast, load_models
 from danceopd.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint_state
 from danceopd.training.hardware import keep_freed_memory, pick_device, resolve_precision
 from danceopd.training.models import model_source, model_velocities
@@ -31,117 +28,6 @@ from danceopd.training.trainer import Trainer, load_run_models, prepare_recipe
 from danceopd.world.tasks import EDIT_TASKS, GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe will do, routes and student in a sentence each. The calls are expected ones per update, and once
-    per run."""
-
-    routes: tuple[str, ...]
-    student: str
-    rollout_calls: float
-    field_calls: float
-    train_calls: float
-    calls_once: float
-    trained_parameters: int
-    megabytes: float
-
-
-def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
-    """Predicted network calls and memory of an assembled recipe.
-
-    asked: the recipe whose references and sizes are named, where stand-ins were assembled in its place.
-    """
-    recipe, method = asked or assembly.recipe, assembly.method
-    shares = method.router.shares.tolist()
-    batch = recipe.train.batch_size
-    sentences = [_route_sentence(assembly, recipe, index, share) for index, share in enumerate(shares)]
-    calls = method.expected_calls()
-    trained = sum(parameter.numel() for parameter in assembly.student.parameters.values())
-    # Trained weights carry a gradient, two Adam moments and an average, all float32.
-    return Plan(
-        tuple(sentences),
-        _student_sentence(assembly, recipe),
-        batch * calls.rollout,
-        batch * calls.field,
-        batch * calls.train,
-        calls.once,
-        trained,
-        (_weight_bytes(assembly) + trained * 16) / 2**20,
-    )
-
-
-def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float) -> str:
-    route, part = assembly.method.routes[index], recipe.routes[index]
-    field, data = recipe.fields[part.field], part.data
-    words = [f"{route.name}: {share:.0%} of samples, taught by {_taught_by(field)}"]
-    if field.prompt_prefix:
-        words.append(f'told "{field.prompt_prefix}" first')
-    if isinstance(route.field, GuidedField):
-        negative = field.negative_prompt if part.negative_prompt is None else part.negative_prompt
-        words.append(f"guidance {route.field.guidance_scale:g}" + (f' against "{negative}"' if negative else ""))
-    pack = f"pack {data.pack}" + (f" on {data.images}" if data.images else "")
-    size = part.resolution or recipe.resolution
-    inputs = assembly.buckets[route.name].source
-    kind = "text to image" if inputs[0].source is None else "edits"
-    words.append(
-        f"on {data.generator or data.manifest or pack} ({len(inputs)} inputs, {kind})"
-        + (f" at {size[0]} x {size[1]}" if size else "")
-    )
-    words.append(f"prompt dropout {route.dropout:g}")
-    if "query" in METHODS[recipe.method]:
-        states, steps = recipe.states_and_steps(part)
-        words.append(f"{states} of {steps} steps ({recipe.query.band} over {recipe.query.over})")
-    return ", ".join(words)
-
-
-def _taught_by(field: FieldPart) -> str:
-    if field.mixture is not None:
-        return f"mixture {field.mixture}"
-    scale = "" if field.lora_scale == 1.0 else f" x {field.lora_scale:g}"
-    made = [f"{kind} {name}" + (scale if kind == "lora" else "") for kind, name in field.references.items()]
-    return " over ".join(made) or "base"
-
-
-def _student_sentence(assembly: Assembly, recipe: Recipe) -> str:
-    part = recipe.student
-    init = part.init if isinstance(part.init, str) else " + ".join(f"{w:g} {name}" for name, w in part.init.items())
-    if part.lora is None:
-        return f"all weights, from {init}"
-    targets = ", ".join(part.lora.targets or assembly.family.lora_targets)
-    start = "over" if part.init_mode == "merged" else "from"
-    return (
-        f"LoRA of rank {part.lora.rank} and alpha {part.lora.alpha:g} on {targets} "
-        f"({len(assembly.student.parameters) // 2} modules), {start} {init}"
-    )
-
-
-def _weight_bytes(assembly: Assembly) -> int:
-    """Bytes of all weights held: every network of the fields, and the student's own."""
-    modules: list[nn.Module] = [assembly.student.network, *assembly.models]
-    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-
-
-def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
-    """Validate everything before training: load all files, and take one small batch of each route through the method.
-
-    asked: see ``plan``.
-
-    The batch runs rollout, fields and loss as training does, without a gradient step; nothing is written.
-
-    Raises:
-        RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit.
-    """
-    assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    count = recipe.flow_opd.group_size if recipe.method == "flow_opd" else 2
-    with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
-        for index in range(len(assembly.method.routes)):
-            chosen = torch.full((count,), index)
-            assembly.method.step(assembly.student.model, batch_size=count, generator=generator, routes=chosen)
-    return plan(assembly, asked)
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> RunFolder:

@@ -23,8 +23,9 @@ from danceopd.exports import export
 from danceopd.families.flux import FluxFamily
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.teachers import CheckpointError
+from danceopd.plan import check
 from danceopd.recipe import RecipeError, load_recipe
-from danceopd.runs import check, evaluate, train
+from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble, load_models
 from danceopd.training.checkpoint import checkpoints
 from danceopd.training.run_folder import RunFolder

@@ -9,8 +9,9 @@ from danceopd.data.buckets import Buckets
 from danceopd.data.examples import Bucket
 from danceopd.data.manifest import read_manifest
 from danceopd.families.shapes import ShapesFamily
+from danceopd.plan import check
 from danceopd.recipe import RecipeError
-from danceopd.runs import check, train
+from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.inputs import RouteSamples
 

@@ -12,8 +12,9 @@ from danceopd.fields.adapters import AdapterMismatch, Lora
 from danceopd.fields.hub import Located
 from danceopd.fields.offload import OffloadedField
 from danceopd.fields.teachers import CheckpointError, load_lora, merge_lora, save_lora, source_hash
+from danceopd.plan import plan
 from danceopd.recipe import RecipeError
-from danceopd.runs import plan, train
+from danceopd.runs import train
 from danceopd.training import fields as live_fields
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure

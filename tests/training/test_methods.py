@@ -8,8 +8,9 @@ from danceopd.baselines.merge import merged_loras
 from danceopd.exports import export
 from danceopd.fields.adapters import AdapterBackbone
 from danceopd.fields.teachers import load_lora
+from danceopd.plan import check
 from danceopd.recipe import METHODS, RecipeError
-from danceopd.runs import check, evaluate, train
+from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import checkpoints
 from danceopd.training.trainer import load_run

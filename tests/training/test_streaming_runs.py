@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from danceopd.comparison.runner import comparison_updates
+from danceopd.plan import check
 from danceopd.recipe import RecipeError
-from danceopd.runs import check, train
+from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
 

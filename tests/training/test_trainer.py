@@ -18,8 +18,9 @@ from danceopd.families.shapes import ShapesFamily
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import read_safetensors, save_lora
 from danceopd.pictures import sample_images
+from danceopd.plan import check
 from danceopd.recipe import RecipeError, evaluate_part
-from danceopd.runs import check, evaluate, model_velocities, quickstart, train
+from danceopd.runs import evaluate, model_velocities, quickstart, train
 from danceopd.training import checkpoint as checkpoint_module
 from danceopd.training import trainer as trainer_module
 from danceopd.training.assemble import assemble

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from danceopd import runs
+from danceopd import plan, runs
 from danceopd.exports import export
 from danceopd.recipe import Recipe, RecipeError
 from danceopd.tiny.recipe import require_pipeline, tiny_recipe
@@ -31,8 +31,8 @@ class TinyRun:
     difference: float
 
 
-def check(recipe: Recipe) -> tuple[runs.Plan, list[str]]:
-    """``runs.check`` on stand-ins, which are gone afterwards; the plan, in the recipe's own names, and a sentence on
+def check(recipe: Recipe) -> tuple[plan.Plan, list[str]]:
+    """``plan.check`` on stand-ins, which are gone afterwards; the plan, in the recipe's own names, and a sentence on
     each stand-in.
 
     Raises:
@@ -42,7 +42,7 @@ def check(recipe: Recipe) -> tuple[runs.Plan, list[str]]:
     with _quiet_libraries(), tempfile.TemporaryDirectory(prefix="danceopd-tiny-") as folder:
         tiny, said = tiny_recipe(recipe, Path(folder))
         tiny = tiny.model_copy(update={"output": str(Path(folder) / "run")})
-        return runs.check(tiny, asked=recipe), said
+        return plan.check(tiny, asked=recipe), said
 
 
 def train(recipe: Recipe) -> TinyRun:

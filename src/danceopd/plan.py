@@ -1,0 +1,154 @@
+"""What a recipe will do, tried on small batches before hours are spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from danceopd.fields.guidance import GuidedField
+from danceopd.recipe import METHODS, FieldPart, Recipe
+from danceopd.training.activations import Activations
+from danceopd.training.assemble import Assembly, assemble, autocast
+from danceopd.training.hardware import pick_device
+from danceopd.training.trainer import prepare_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do, routes and student in a sentence each. The calls are expected ones per update, and once
+    per run."""
+
+    routes: tuple[str, ...]
+    student: str
+    rollout_calls: float
+    field_calls: float
+    train_calls: float
+    calls_once: float
+    trained_parameters: int
+    megabytes: float
+    activation_megabytes: float | None = None
+
+
+def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
+    """Predicted network calls and memory of an assembled recipe.
+
+    asked: the recipe whose references and sizes are named, where stand-ins were assembled in its place.
+    """
+    recipe, method = asked or assembly.recipe, assembly.method
+    shares = method.router.shares.tolist()
+    batch = recipe.train.batch_size
+    sentences = [_route_sentence(assembly, recipe, index, share) for index, share in enumerate(shares)]
+    calls = method.expected_calls()
+    trained = sum(parameter.numel() for parameter in assembly.student.parameters.values())
+    # Trained weights carry a gradient, two Adam moments and an average, all float32.
+    return Plan(
+        tuple(sentences),
+        _student_sentence(assembly, recipe),
+        batch * calls.rollout,
+        batch * calls.field,
+        batch * calls.train,
+        calls.once,
+        trained,
+        (_weight_bytes(assembly) + trained * 16) / 2**20,
+    )
+
+
+def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float) -> str:
+    route, part = assembly.method.routes[index], recipe.routes[index]
+    field, data = recipe.fields[part.field], part.data
+    words = [f"{route.name}: {share:.0%} of samples, taught by {_taught_by(field)}"]
+    if field.prompt_prefix:
+        words.append(f'told "{field.prompt_prefix}" first')
+    if isinstance(route.field, GuidedField):
+        negative = field.negative_prompt if part.negative_prompt is None else part.negative_prompt
+        words.append(f"guidance {route.field.guidance_scale:g}" + (f' against "{negative}"' if negative else ""))
+    pack = f"pack {data.pack}" + (f" on {data.images}" if data.images else "")
+    size = part.resolution or recipe.resolution
+    inputs = assembly.buckets[route.name].source
+    kind = "text to image" if inputs[0].source is None else "edits"
+    words.append(
+        f"on {data.generator or data.manifest or pack} ({len(inputs)} inputs, {kind})"
+        + (f" at {size[0]} x {size[1]}" if size else "")
+    )
+    words.append(f"prompt dropout {route.dropout:g}")
+    if "query" in METHODS[recipe.method]:
+        states, steps = recipe.states_and_steps(part)
+        words.append(f"{states} of {steps} steps ({recipe.query.band} over {recipe.query.over})")
+    return ", ".join(words)
+
+
+def _taught_by(field: FieldPart) -> str:
+    if field.mixture is not None:
+        return f"mixture {field.mixture}"
+    scale = "" if field.lora_scale == 1.0 else f" x {field.lora_scale:g}"
+    made = [f"{kind} {name}" + (scale if kind == "lora" else "") for kind, name in field.references.items()]
+    return " over ".join(made) or "base"
+
+
+def _student_sentence(assembly: Assembly, recipe: Recipe) -> str:
+    part = recipe.student
+    init = part.init if isinstance(part.init, str) else " + ".join(f"{w:g} {name}" for name, w in part.init.items())
+    if part.lora is None:
+        return f"all weights, from {init}"
+    targets = ", ".join(part.lora.targets or assembly.family.lora_targets)
+    start = "over" if part.init_mode == "merged" else "from"
+    return (
+        f"LoRA of rank {part.lora.rank} and alpha {part.lora.alpha:g} on {targets} "
+        f"({len(assembly.student.parameters) // 2} modules), {start} {init}"
+    )
+
+
+def _weight_bytes(assembly: Assembly) -> int:
+    """Bytes of all weights held: every network of the fields, and the student's own."""
+    parameters = {id(weight): weight for network in _networks(assembly) for weight in network.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def _networks(assembly: Assembly) -> list[nn.Module]:
+    return [assembly.student.network, *assembly.models]
+
+
+def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
+    """Validate everything before training: load all files, and take small batches of each route through the method.
+
+    The batches run rollout, fields and loss as training does, without a gradient step; nothing is written.
+
+    asked: see ``plan``.
+
+    Raises:
+        RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit.
+    """
+    assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    few = recipe.flow_opd.group_size if recipe.method == "flow_opd" else 2
+    counts = (few, 2 * few) if 2 * few <= recipe.train.batch_size else (few,)
+    micro_batch = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
+    kept: list[float] = []
+    with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
+        for index in range(len(assembly.method.routes)):
+            found = [_activation_bytes(assembly, index, count, generator) for count in counts]
+            kept.append(_extended(counts, found, to=micro_batch))
+    activations = None if recipe.train.gradient_checkpointing else max(kept) / 2**20
+    return replace(plan(assembly, asked), activation_megabytes=activations)
+
+
+def _activation_bytes(assembly: Assembly, route: int, count: int, generator: torch.Generator) -> int:
+    """What the largest backward pass of an update of ``count`` samples of one route keeps."""
+    activations = Activations(weight for model in _networks(assembly) for weight in model.parameters())
+    with activations.counted():
+        assembly.method.step(
+            assembly.student.model,
+            batch_size=count,
+            generator=generator,
+            routes=torch.full((count,), route),
+            backward=activations.end_pass,
+        )
+    return activations.peak
+
+
+def _extended(counts: tuple[int, ...], found: list[int], *, to: int) -> float:
+    """Linearly from one or two counts to another; from one, in proportion."""
+    slope = found[0] / counts[0] if len(counts) == 1 else (found[1] - found[0]) / (counts[1] - counts[0])
+    return found[0] + slope * (to - counts[0])
