@@ -79,7 +79,7 @@ def path(tmp_path):
     return tmp_path / "lora.safetensors"
 
 
-@pytest.mark.parametrize("layout", ["own", "diffusers", "default", "peft", "alphas", "kohya suffixes"])
+@pytest.mark.parametrize("layout", ["own", "diffusers", "default", "peft", "peft renamed", "alphas", "kohya suffixes"])
 def test_a_lora_is_the_same_in_every_layout(family, path, layout):
     lora = made(family)
     if layout == "own":
@@ -94,8 +94,8 @@ def test_a_lora_is_the_same_in_every_layout(family, path, layout):
         }
         text = json.dumps({f"transformer.{key}": value for key, value in config.items()})
         save_file(renamed(lora, module=diffusers_names), path, {"lora_adapter_metadata": text})
-    elif layout == "peft":
-        path = path.with_name("adapter_model.safetensors")
+    elif layout in ("peft", "peft renamed"):
+        path = path.with_name("adapter_model.safetensors") if layout == "peft" else path
         save_file(renamed(lora, module=lambda target: f"base_model.model.{target}"), path)
         path.with_name("adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA}))
     elif layout == "alphas":
@@ -123,6 +123,17 @@ def test_without_any_alpha_it_is_the_rank_as_in_diffusers(family, path):
     velocities = ours(family, found)
     torch.testing.assert_close(velocities, diffusers_own(family, path), rtol=0, atol=1e-5)
     assert float((velocities - velocity(family, family.network)).abs().max()) > 1e-3
+
+
+def test_peft_keys_without_their_configuration_are_refused(path):
+    family = CASES["sd3"].family(CASES["sd3"].pipeline())
+    lora = made(family)
+    tensors = renamed(lora, module=lambda target: f"base_model.model.{target}")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"records no alpha: needed is the adapter_config\.json"):
+        read_lora(path, family.pipeline)
+    save_file(tensors, path, {"alpha": repr(ALPHA)})
+    assert read_lora(path, family.pipeline).alpha == ALPHA
 
 
 @pytest.mark.parametrize("stabilised", [False, True])

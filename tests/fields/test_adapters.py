@@ -49,6 +49,24 @@ def test_an_adapter_field_equals_a_merged_copy_to_rounding(shared):
         torch.testing.assert_close(call(model), call(merged))
 
 
+def test_a_merge_in_bfloat16_rounds_once():
+    net = TinyNet().bfloat16()
+    whole = {name: net.get_submodule(name).weight.float() for name in TARGETS}
+    merge_lora(net, lora(1))
+    for name, weight in whole.items():
+        delta = 2.0 * lora(1).weights[f"{name}.lora_B.weight"] @ lora(1).weights[f"{name}.lora_A.weight"]
+        assert torch.equal(net.get_submodule(name).weight, (weight + delta).bfloat16())
+        assert not torch.equal(net.get_submodule(name).weight, weight.bfloat16() + delta.bfloat16())
+
+
+def test_a_lora_on_a_module_leaves_its_namesakes_alone():
+    net = nn.ModuleDict({"out": nn.Linear(3, 3), "block": nn.ModuleDict({"out": nn.Linear(3, 3)})})
+    weights = {"out.lora_A.weight": torch.ones(2, 3), "out.lora_B.weight": torch.ones(3, 2)}
+    backbone = AdapterBackbone(net)
+    backbone.add("one", Lora(rank=2, alpha=2.0, weights=weights))
+    assert backbone.state("one").keys() == weights.keys()
+
+
 def test_no_adapter_is_the_base_bit_for_bit(shared):
     backbone, model = shared
     with backbone.use():

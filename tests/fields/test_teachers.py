@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from danceopd.fields.teachers import (
     load_lora,
     read_safetensors,
     save_lora,
+    source_hash,
 )
 
 
@@ -115,3 +118,39 @@ def test_hash_is_of_the_bytes(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     assert file_hash(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_large_file_is_read_once_for_its_hash_until_it_changes(tmp_path, monkeypatch):
+    path, link = tmp_path / "a", tmp_path / "link"
+    path.write_bytes(b"abc")
+    os.utime(path, (1, 1))
+    link.symlink_to(path)
+    first, reads, original = file_hash(path), [], type(path).open
+    monkeypatch.setattr(type(path), "open", lambda self, *args: reads.append(self) or original(self, *args))
+    assert file_hash(path) == file_hash(link) == first
+    assert reads == []
+    path.write_bytes(b"abd")
+    os.utime(path, (2, 2))
+    assert file_hash(path) != first
+
+
+def test_a_file_written_twice_within_a_tick_of_its_clock_has_two_hashes(tmp_path):
+    path, now, found = tmp_path / "a", time.time_ns(), set()
+    for content in (b"abc", b"abd"):
+        path.write_bytes(content)
+        os.utime(path, ns=(now, now))
+        found.add(file_hash(path))
+    assert len(found) == 2
+
+
+def test_the_hash_of_a_lora_in_pefts_keys_covers_its_configuration_whatever_its_name(tmp_path):
+    weights = {"fc.lora_A.weight": torch.zeros(2, 3), "fc.lora_B.weight": torch.zeros(4, 2)}
+    path, config = tmp_path / "style.safetensors", tmp_path / "adapter_config.json"
+    for prefix, count in (("base_model.model.", 3), ("", 1)):
+        save_file({prefix + name: weight for name, weight in weights.items()}, path)
+        config.unlink(missing_ok=True)
+        found = {source_hash(path)}
+        for alpha in (8, 16):
+            config.write_text(json.dumps({"lora_alpha": alpha}))
+            found.add(source_hash(path))
+        assert len(found) == count

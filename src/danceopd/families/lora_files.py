@@ -2,12 +2,13 @@
 
 A LoRA's delta is (alpha / r) B A. Formats differ in where alpha stands:
 
-- PEFT: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+- PEFT: ``adapter_config.json`` beside the file, whatever the file is called.
 - diffusers: the file's metadata ``lora_adapter_metadata``; files from before it existed have none, and alpha = r.
 - this package's own: ``alpha`` in the file's metadata.
 - kohya, ComfyUI: a tensor ``MODULE.alpha`` beside each pair; without any, alpha = r.
 
-So a file that records no alpha anywhere has alpha = r, as in diffusers. What the file says twice must agree.
+So a file that records no alpha anywhere has alpha = r, as in diffusers; but one in PEFT's keys, which PEFT never saves
+without its configuration, is refused. What the file says twice must agree.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from danceopd.fields.adapters import Lora
-from danceopd.fields.teachers import CheckpointError, read_safetensors, require_recorded_targets
+from danceopd.fields.teachers import (
+    PEFT_PREFIX,
+    CheckpointError,
+    has_peft_keys,
+    peft_config,
+    read_safetensors,
+    require_recorded_targets,
+)
 
 SUFFIXES = (
     (".lora_A.weight", ".lora_B.weight"),
@@ -34,7 +42,7 @@ SUFFIXES = (
     (".down.weight", ".up.weight"),
 )
 """How formats name A and B. The first that fits counts."""
-PREFIXES = ("base_model.model.", "transformer.")
+PREFIXES = (PEFT_PREFIX, "transformer.")
 """What PEFT and diffusers put before the names of the transformer's modules."""
 TEXT_ENCODERS = ("text_encoder", "lora_te")
 
@@ -53,11 +61,17 @@ def read_lora(path: Path, pipeline: Any) -> Lora:
 
     Raises:
         CheckpointError: if the file is no plain LoRA (DoRA, LoKr, biases, convolutions), adapts a text encoder, is for
-            another model or in a layout that diffusers does not convert for this pipeline, or contradicts itself.
+            another model or in a layout that diffusers does not convert for this pipeline, contradicts itself, or is
+            PEFT's without its configuration.
     """
     tensors, metadata = read_safetensors(path)
     pairs, alphas = _parse(path, tensors)
     config = _recorded_config(path, metadata)
+    if config is None and not alphas and has_peft_keys(tensors):
+        raise CheckpointError(
+            f"{path} is a LoRA in PEFT's keys and records no alpha: needed is the adapter_config.json that PEFT saved "
+            "with it, beside it"
+        )
     modules = _linear_modules(pipeline.transformer)
     if all(name in modules for name in pairs):
         scales = _scales(path, pairs, alphas, config)
@@ -159,12 +173,12 @@ def _marked(tensors: Mapping[str, Tensor], modules: list[str]) -> dict[str, Tens
 
 def _recorded_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The adapter's PEFT configuration (``r``, ``lora_alpha``, ...) where the file or its folder records one."""
-    beside = path.with_name("adapter_config.json")
+    beside = peft_config(path)
     try:
         if "lora_adapter_metadata" in metadata:
             found = dict(json.loads(metadata["lora_adapter_metadata"]))
             config = {key.removeprefix("transformer."): value for key, value in found.items()}
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
+        elif beside is not None:
             config = dict(json.loads(beside.read_text(encoding="utf-8")))
         elif "alpha" in metadata:
             config = {"r": None, "lora_alpha": metadata["alpha"]}

@@ -11,8 +11,9 @@ a student that equals its teacher has a loss of exactly 0, with and without auto
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -70,9 +71,10 @@ class AdapterBackbone:
     def add(self, name: str, lora: Lora, *, scale: float = 1.0) -> None:
         """Put a loaded LoRA on the backbone, frozen."""
         self._check(name, lora)
-        self._inject(
-            name, LoraConfig(r=lora.rank, lora_alpha=_alpha(lora.alpha * scale), target_modules=list(lora.targets))
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=_alpha(lora.alpha * scale), target_modules=exact_targets(lora.targets)
         )
+        self._inject(name, config)
         result = set_peft_model_state_dict(self.module, dict(lora.weights), adapter_name=name)
         if result.unexpected_keys:
             raise AdapterMismatch(
@@ -268,6 +270,11 @@ class AdapterBackbone:
 def _listed(modules: set[str]) -> str:
     """How many modules these are, and the first."""
     return f"{len(modules)}, first {min(modules)!r}" if modules else "none"
+
+
+def exact_targets(modules: Iterable[str]) -> str:
+    """PEFT's ``target_modules`` for these modules alone; in a list, a name also means every module that ends in it."""
+    return f"^(?:{'|'.join(re.escape(module) for module in sorted(modules))})$"
 
 
 def _alpha(alpha: float) -> int:

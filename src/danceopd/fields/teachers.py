@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +17,11 @@ from torch import Tensor, nn
 from danceopd.fields.adapters import Lora
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+_SETTLED = 2_000_000_000
+"""Nanoseconds after which another write gives a file another time of change, on any file system."""
+
+PEFT_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+"""How PEFT names a LoRA's file and begins its tensors' names."""
 
 
 class CheckpointError(ValueError):
@@ -58,12 +65,17 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     """
     places = _weight_map(index)
     found: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
+    for shard in shards(index):
         found |= read_safetensors(index.parent / shard)[0]
     if set(found) != set(places):
         odd = sorted(set(found) ^ set(places))
         raise CheckpointError(f"{index} and its shards disagree about {len(odd)} tensors, first {odd[0]!r}")
     return found
+
+
+def shards(index: Path) -> list[str]:
+    """Names of the files that an index is about, beside it; raises CheckpointError if it is no such index."""
+    return sorted(set(_weight_map(index).values()))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -162,7 +174,20 @@ def save_lora(lora: Lora, path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; read once per process for as long as size and time of change stay."""
+    found = path.stat()
+    if time.time_ns() - found.st_mtime_ns < _SETTLED:
+        return _digest(path)
+    return _settled_digest(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _settled_digest(path: Path, size: int, changed: int) -> str:
+    """size, changed: what tells this content of the file from another."""
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -171,7 +196,7 @@ def file_hash(path: Path) -> str:
 
 
 def source_hash(path: Path) -> str:
-    """The hash of everything that a weight source consists of: an index with its shards, PEFT's file with its
+    """The hash of everything that a weight source consists of: an index with its shards, a LoRA of PEFT's with its
     configuration, or the file alone (whose ``file_hash`` it then is).
 
     Raises:
@@ -181,9 +206,9 @@ def source_hash(path: Path) -> str:
         raise CheckpointError(f"weight file not found: {path}")
     names = [path.name]
     if path.name.endswith(".index.json"):
-        names += sorted(set(_weight_map(path).values()))
-    elif path.name == "adapter_model.safetensors" and path.with_name("adapter_config.json").is_file():
-        names.append("adapter_config.json")
+        names += shards(path)
+    elif (config := peft_config(path)) is not None:
+        names.append(config.name)
     for name in names:
         if not path.with_name(name).is_file():
             raise CheckpointError(f"weight file not found: {path.with_name(name)}")
@@ -191,8 +216,32 @@ def source_hash(path: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
+def peft_config(path: Path) -> Path | None:
+    """PEFT's configuration, which has the alpha, beside a LoRA in PEFT's keys or under its name; None without one."""
+    config = path.with_name("adapter_config.json")
+    if path.suffix != ".safetensors" or not config.is_file():
+        return None
+    return config if path.name == PEFT_FILE or has_peft_keys(_tensor_names(path)) else None
+
+
+def has_peft_keys(names: Iterable[str]) -> bool:
+    """Whether a file's tensors are named as PEFT saves them."""
+    return any(name.startswith(PEFT_PREFIX) for name in names)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def merge_lora(network: nn.Module, lora: Lora) -> None:
-    """Add the LoRA's delta, (alpha / r) B A, to the network's own linear weights, in place."""
+    """Add the LoRA's delta, (alpha / r) B A, to the network's own linear weights, in place.
+
+    The sum is formed in float32 and rounded once to the weights' own type.
+    """
     modules = dict(network.named_modules())
     with torch.no_grad():
         for target in lora.targets:
@@ -200,4 +249,5 @@ def merge_lora(network: nn.Module, lora: Lora) -> None:
             module = modules.get(target)
             if not isinstance(module, nn.Linear) or module.weight.shape != (b.shape[0], a.shape[1]):
                 raise CheckpointError(f"the LoRA's module {target!r} does not fit the network")
-            module.weight += (lora.alpha / lora.rank * (b.float() @ a.float())).to(module.weight)
+            delta = lora.alpha / lora.rank * (b.float() @ a.float())
+            module.weight.copy_(module.weight + delta.to(module.weight.device))
