@@ -1,10 +1,12 @@
 """What all families over a diffusers pipeline share: folders, own networks, images."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from tiny_pipelines import CASES
 
 from danceopd.data.examples import Example
 from danceopd.fields.adapters import AdapterBackbone
@@ -74,7 +76,7 @@ def test_folders_that_are_no_whole_pipeline_of_the_family_are_refused(case, fold
         case.family(folder)
     shutil.move(tmp_path / "vae", folder / "vae")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot be loaded as a"):
+    with pytest.raises(CheckpointError, match=r"its vae lacks diffusion_pytorch_model\.safetensors, or "):
         case.family(folder)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no transformer weights in"):
@@ -85,6 +87,46 @@ def test_folders_that_are_no_whole_pipeline_of_the_family_are_refused(case, fold
         case.family(folder)
     (folder / "model_index.json").write_text("[")
     with pytest.raises(CheckpointError, match="is not a pipeline's index"):
+        case.family(folder)
+
+
+def test_every_file_that_a_pipeline_needs_is_missed_by_name(case, folder):
+    # A chat template may stand in tokenizer_config.json too; without any, encoding a prompt fails by itself.
+    needed = [path for path in folder.rglob("*") if path.is_file() and path.name != "chat_template.jinja"]
+    assert len(needed) > 10
+    for path in needed:
+        aside = path.rename(path.with_suffix(".aside"))
+        with pytest.raises(CheckpointError, match=re.escape(path.name)) as caught:
+            case.family(folder)
+        assert path.parent.name in str(caught.value)
+        aside.rename(path)
+    case.family(folder)
+
+
+def test_damaged_files_and_parts_are_named(tmp_path):
+    case, folder = CASES["sd3"], tmp_path / "base"
+    case.pipeline().save_pretrained(folder)
+    for name, damaged, message in (
+        ("vae/config.json", b"{", r"vae/config\.json is not valid JSON"),
+        ("tokenizer_3/tokenizer.json", b"\xff", r"tokenizer_3/tokenizer\.json is not valid JSON"),
+        ("text_encoder_2/model.safetensors", b"short", r"text_encoder_2/model\.safetensors is not a readable safetens"),
+        (
+            "vae/config.json",
+            b'{"_class_name": "AutoencoderKL", "norm_num_groups": 3}',
+            "cannot be loaded as a .*: vae: ",
+        ),
+    ):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=message):
+            case.family(folder)
+        (folder / name).write_bytes(before)
+    vae = case.family(folder).pipeline.vae
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    vae.save_pretrained(folder / "vae", max_shard_size="20KB")
+    shard = min((folder / "vae").glob("*-of-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"weight file not found: .*{shard.name}"):
         case.family(folder)
 
 

@@ -16,12 +16,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from danceopd.families.latents import LatentSpace, latent_space_of
-from danceopd.families.pipeline_folder import other_files, read_folder
+from danceopd.families.pipeline_folder import other_files, part_files, read_folder
 from danceopd.families.pipeline_grid import require_euler
 from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint
-
-ENCODER_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-"""Suffixes of what text encoders, tokenizers, image processors and VAEs are read from."""
 
 
 class LoadedPipeline:
@@ -95,7 +92,7 @@ class LoadedPipeline:
                 continue
             digest.update(f"{name} {getattr(part, 'dtype', None)}".encode())
             folder = self.folder / name
-            for path in sorted(path for path in folder.rglob("*") if path.suffix in ENCODER_FILES):
+            for path in part_files(folder):
                 digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}".encode())
         return digest.hexdigest()
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.teachers import PEFT_FILE, CheckpointError, read_metadata, shards
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LORA_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+LORA_WEIGHTS = ("pytorch_lora_weights.safetensors", PEFT_FILE)
 """The names that diffusers and PEFT give a LoRA's file."""
+
+SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+"""Of the files that the parts of a pipeline are read from."""
+
+Choices = tuple[tuple[str, ...], ...]
+"""Files of which one group has to be there."""
+TOKENIZER: tuple[Choices, ...] = (
+    (("tokenizer_config.json",),),
+    (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)),
+)
 
 
 def weight_file(reference: str | Path) -> Path:
@@ -41,6 +52,11 @@ def weight_file(reference: str | Path) -> Path:
     raise CheckpointError(f"no transformer weights in {folder}: needed is {WEIGHTS}, or {WEIGHTS}.index.json")
 
 
+def part_files(part: Path) -> list[Path]:
+    """Every file in a part's folder, at any depth, that the part may be read from."""
+    return sorted(path for path in part.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
 def other_files(folder: Path) -> dict[str, Path]:
     """Every weight file and configuration of a pipeline's folder but the one that ``weight_file`` names, by its place
     there.
@@ -48,8 +64,7 @@ def other_files(folder: Path) -> dict[str, Path]:
     A scheduler's configuration changes the grid, a tokenizer's the prompts: they count as weights do.
     """
     base = weight_file(folder)
-    endings = ("*.safetensors", "*.json", "*.txt", "*.model")
-    found = sorted(path for part in read_index(folder) for ending in endings for path in (folder / part).glob(ending))
+    found = [folder / INDEX, *(path for part in read_index(folder) for path in part_files(folder / part))]
     return {path.relative_to(folder).as_posix(): path for path in found if path != base}
 
 
@@ -57,27 +72,79 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
     """The pipeline in a local folder.
 
     Raises:
-        CheckpointError: if the folder is not a whole pipeline of one of ``classes``.
+        CheckpointError: if the folder is not a whole pipeline of one of ``classes``, naming the file that is missing or
+            damaged, or else the part that cannot be loaded.
     """
     if not (folder / INDEX).is_file():
         raise CheckpointError(
             f"family {family!r} needs the local folder of a diffusers pipeline, found no {INDEX} in {folder}; "
             "nothing is downloaded by itself (huggingface-cli download ORG/NAME --local-dir FOLDER)"
         )
-    parts = read_index(folder)
-    found = str(parts.get("_class_name"))
+    index = read_index(folder)
+    found = str(index.get("_class_name"))
     if found not in classes:
         raise CheckpointError(f"{folder} holds a {found}; family {family!r} needs {' or '.join(classes)}")
-    needed = [name for name, part in parts.items() if isinstance(part, list) and part[0] is not None]
-    missing = [name for name in needed if not (folder / name).is_dir()]
+    parts = {name: tuple(part) for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(f"{folder} is not whole: its {INDEX} names {', '.join(missing)}, which is not there")
     weight_file(folder)
+    for name, (library, part_class) in parts.items():
+        _require_whole(folder, name, _needed(library, part_class))
     cls: Any = classes[found]
     try:
         return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as a {found}: {error}") from error
+    except Exception as error:  # whatever diffusers and transformers meet
+        reason = _first_failure(folder, parts) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder} cannot be loaded as a {found}: {reason}") from error
+
+
+def _needed(library: str, part_class: str) -> tuple[Choices, ...]:
+    """The files without which a part is not read, or is read as another one."""
+    if part_class.endswith(("Tokenizer", "TokenizerFast")):
+        return TOKENIZER
+    if "Processor" in part_class or part_class.endswith("FeatureExtractor"):
+        return ((("preprocessor_config.json",),),)
+    if part_class.endswith("Scheduler"):
+        return ((("scheduler_config.json",),),)
+    weights = WEIGHTS if library == "diffusers" else "model.safetensors"
+    return (("config.json",),), ((weights,), (f"{weights}.index.json",))
+
+
+def _require_whole(folder: Path, name: str, needed: tuple[Choices, ...]) -> None:
+    part = folder / name
+    for choices in needed:
+        chosen = next((files for files in choices if all((part / file).is_file() for file in files)), None)
+        if chosen is None:
+            listed = ", or ".join(" and ".join(files) for files in choices)
+            raise CheckpointError(f"{folder} is not whole: its {name} lacks {listed}")
+        for file in chosen:
+            if file.endswith(".index.json"):
+                for shard in shards(part / file):
+                    read_metadata(part / shard)
+            elif file.endswith(".safetensors"):
+                read_metadata(part / file)
+    for path in part_files(part):
+        if path.suffix == ".json":
+            _read_json(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _first_failure(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> str | None:
+    """The first part that cannot be loaded by itself either, and why."""
+    for name, (library, part_class) in parts.items():
+        try:
+            cls: Any = getattr(import_module(library), part_class)
+            cls.from_pretrained(folder / name, local_files_only=True)
+        except Exception as error:
+            return f"{name}: {type(error).__name__}: {error}"
+    return None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
