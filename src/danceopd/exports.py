@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import nn
 
 from danceopd.families.card import ModelCard
+from danceopd.families.probes import Probes
 from danceopd.families.registry import is_over_a_pipeline
 from danceopd.fields.hub import parse_hub_reference
-from danceopd.fields.teachers import merge_lora, save_lora
-from danceopd.recipe import Recipe, RecipeError, parse_recipe
-from danceopd.training.assemble import Assembly, LoadedModels, load_models
+from danceopd.fields.teachers import merge_lora, read_safetensors, save_lora
+from danceopd.recipe import RecipeError, dump_recipe, parse_recipe
+from danceopd.training.assemble import LoadedModels, load_models
 from danceopd.training.checkpoint import CheckpointFailure, TrainingState
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_source
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import load_run, load_run_models
+from danceopd.training.trainer import load_run_models
 
 Format = Literal["lora", "peft", "merged"]
 
-EXPORT_TOLERANCE = 1e-4
-"""Largest relative difference between a student and its reloaded export, in float32."""
+EXPORT_TOLERANCE = 1e-5
+"""Largest difference between the velocities of a student and of its reloaded export, in float32, as a share of the
+largest velocity (or of 1)."""
+FREE_TEXT = {"prompt_prefix", "negative_prompt"}
+"""Keys of a recipe whose values may begin like a path and are none."""
 
 
 def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id: str | None = None) -> float:
     """Write the (averaged) student against the ORIGINAL base, reload it, and compare.
 
-    A LoRA student becomes one LoRA, whatever it started from (ranks concatenated).
+    A LoRA student becomes one LoRA, whatever it started from (ranks concatenated). The data it was trained on are not
+    needed.
 
     Args:
         out: a folder for a family over diffusers, else a .safetensors file.
@@ -53,9 +59,9 @@ def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id:
     if form != "merged" and not is_lora:
         raise RecipeError(f"--format {form}: this student is no LoRA, its whole network was trained; use merged")
     if is_over_a_pipeline(recipe.family):
-        with folder.owned():  # with its data, whose sizes the card names
-            assembly, state = load_run(folder, device=pick_device(), purpose="exported")
-        return _export_folder(assembly, out, form, model_card(folder, assembly, state, base_id))
+        with folder.owned():
+            run, state = load_run_models(folder, device=pick_device(), purpose="exported")
+        return _export_folder(run, out, form, model_card(folder, run, state, base_id))
     if form == "peft" or base_id is not None:
         what = "--format peft" if form == "peft" else "--base-id"
         raise RecipeError(f"{what}: family {recipe.family!r} exports single files, without a model card")
@@ -64,13 +70,13 @@ def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id:
     return _export_file(run, out, form)
 
 
-def _export_folder(assembly: Assembly, out: Path, form: Format, card: ModelCard) -> float:
+def _export_folder(run: LoadedModels, out: Path, form: Format, card: ModelCard) -> float:
     from danceopd.families.export import export_lora, export_merged, export_peft  # needs the extra
 
-    family: Any = assembly.family
-    student, lora = assembly.student.model, assembly.student.lora()
+    family: Any = run.family
+    student, lora = run.student.model, run.student.lora()
     if form == "merged" or lora is None:
-        return export_merged(family, _merged(assembly), student, out, card=card)
+        return export_merged(family, _merged(run), student, out, card=card)
     return (export_lora if form == "lora" else export_peft)(family, lora, student, out, card=card)
 
 
@@ -92,24 +98,26 @@ def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
     unverified = out.with_name(f".unverified-{out.name}")
     try:
         if form == "lora" and lora is not None:
+            tensors = lora.weights
             save_lora(lora, unverified)
             part = {"exported": {"lora": str(unverified)}}
         else:
-            save_file(dict(_merged(run).state_dict()), unverified, {"format": "pt"})
+            tensors = dict(_merged(run).state_dict())
+            save_file(tensors, unverified, {"format": "pt"})
             part = {"exported": {"checkpoint": str(unverified)}}
         whole = run.recipe.model_dump(mode="json")
         content = {key: whole[key] for key in ("version", "family", "base", "output")} | {"fields": part}
         content["routes"] = [{"field": "exported", "data": whole["routes"][0]["data"]}]
         reloaded = load_models(parse_recipe(content, where=str(out)), device=torch.device("cpu"))
-        noise = torch.randn(4, *family.latent_shape(*family.size), generator=torch.Generator().manual_seed(0))
-        sigma, condition = torch.tensor([0.2, 0.5, 0.8, 1.0]), family.encode([""] * 4, None)
-        with torch.no_grad():
-            expected = run.student.model(noise, sigma, condition)
-            difference = float((reloaded.fields["exported"].velocity(noise, sigma, condition) - expected).abs().max())
-        if not difference <= EXPORT_TOLERANCE * max(1.0, float(expected.abs().max())):
+        probes = Probes(family, *family.size)
+        needed = probes.velocities(run.student.model)
+        difference = float((probes.velocities(reloaded.fields["exported"].velocity) - needed).abs().max())
+        read, _ = read_safetensors(unverified)
+        same = read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in read)
+        if not same or not difference <= EXPORT_TOLERANCE * max(1.0, float(needed.abs().max())):
             raise CheckpointFailure(
-                f"the export does not reproduce the student: velocities differ by {difference:.2g}; {out} was not "
-                "written"
+                f"the export does not reproduce the student: velocities differ by {difference:.2g}"
+                f"{'' if same else ', and so do the tensors read back'}; {out} was not written"
             )
         unverified.replace(out)
         return difference
@@ -117,21 +125,20 @@ def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
         unverified.unlink(missing_ok=True)
 
 
-def model_card(folder: RunFolder, assembly: Assembly, state: TrainingState, base_id: str | None) -> ModelCard:
-    """What the run knows of its student. Local paths are cut to their last two parts."""
-    recipe = assembly.recipe
-    sizes = {route.name: route.shape for route in assembly.method.routes}
+def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_id: str | None) -> ModelCard:
+    """What the run knows of its student, without the folders of local files."""
+    recipe, names = run.recipe, _ShortNames(state.hashes)
+    public = parse_recipe(_public(recipe.model_dump(mode="json"), names), where="the model card")
+    sizes = {part.name or part.field: part.resolution or run.family.size for part in recipe.routes}
     trained = f"Trained for {state.step} updates of {recipe.train.batch_size} samples by {recipe.method}"
+    areas = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items())
     return ModelCard(
         base=base_id or _base_name(recipe.base),
-        fields={name: _without_folders(model_source(recipe, name)) for name in recipe.fields},
-        hashes={_without_folders(name): digest for name, digest in assembly.hashes.items()},
-        recipe=_public(recipe),
+        fields={name: model_source(public, name) for name in public.fields},
+        hashes={names.of_source(source): digest for source, digest in state.hashes.items()},
+        recipe=dump_recipe(public),
         scores=_scores(folder),
-        limits=[
-            f"{trained}, on latents of {', '.join(f'{shape} ({name})' for name, shape in sizes.items())}; other sizes "
-            "were not tried."
-        ],
+        limits=[f"{trained}, on images of about the area of {areas} pixels; other sizes were not tried."],
     )
 
 
@@ -148,16 +155,35 @@ def _scores(folder: RunFolder) -> dict[str, float]:
     return {f"{name} overall": scores["overall"] for name, scores in models["student"].items()}
 
 
-def _public(recipe: Recipe) -> str:
-    def public(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: public(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [public(part) for part in value]
-        return _without_folders(value) if isinstance(value, str) else value
+class _ShortNames:
+    """Names for absolute paths, without their folders, each of one path alone. taken: names that others have already.
 
-    return yaml.safe_dump(public(recipe.model_dump(mode="json")), sort_keys=False)
+    A name is the path's last two parts, and a number where another has these too.
+    """
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._taken = set(taken)
+        self._names: dict[str, str] = {}
+
+    def of(self, text: str) -> str:
+        """The name of a path; any other text as it is."""
+        if Path(text).is_absolute() and text not in self._names:
+            plain = "/".join(Path(text).parts[-2:])
+            names = chain([plain], (f"{plain} ({number})" for number in count(2)))
+            self._names[text] = next(name for name in names if name not in self._taken)
+            self._taken.add(self._names[text])
+        return self._names.get(text, text)
+
+    def of_source(self, source: str) -> str:
+        """What a run's hashes are of: a reference, or ``REFERENCE: PART``."""
+        reference, colon, part = source.rpartition(": ")
+        return self.of(source) if not colon or source in self._names else f"{self.of(reference)}{colon}{part}"
 
 
-def _without_folders(text: str) -> str:
-    return "/".join(Path(text).parts[-2:]) if Path(text).is_absolute() else text
+def _public(value: Any, names: _ShortNames, key: str = "") -> Any:
+    """A recipe's content with short names for its paths."""
+    if isinstance(value, dict):
+        return {name: _public(part, names, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_public(part, names) for part in value]
+    return names.of(value) if isinstance(value, str) and key not in FREE_TEXT else value

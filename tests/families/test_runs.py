@@ -1,6 +1,7 @@
 """From a recipe to an export that others load, on every family over diffusers."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import groupby
 
@@ -27,9 +28,9 @@ from danceopd.plan import check
 from danceopd.recipe import RecipeError, load_recipe
 from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble, load_models
-from danceopd.training.checkpoint import checkpoints
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import load_run
+from danceopd.training.trainer import load_run, load_run_models
 from recipes import HEIGHT, PROMPTS, WIDTH, picture, write_manifest, write_recipe
 
 CPU = torch.device("cpu")
@@ -261,19 +262,46 @@ def test_a_full_student_exports_its_whole_transformer(sd3, tmp_path):
 
 def test_an_export_of_another_student_is_not_written(sd3, tmp_path, monkeypatch):
     folder = train(load_recipe(sd3()))
-    original = load_run
+    original = load_run_models
 
     def stronger(*args, **options):
-        assembly, state = original(*args, **options)
-        lora = assembly.student.lora()
-        assembly.student.lora = lambda: replace(lora, alpha=lora.alpha * 3)
-        return assembly, state
+        run, state = original(*args, **options)
+        lora = run.student.lora()
+        run.student.lora = lambda: replace(lora, alpha=lora.alpha * 3)
+        return run, state
 
-    monkeypatch.setattr("danceopd.exports.load_run", stronger)
+    monkeypatch.setattr("danceopd.exports.load_run_models", stronger)
     for form in ("lora", "peft", "merged"):
         with pytest.raises(CheckpointError, match="does not give back the student"):
             export(folder, tmp_path / form, form=form)
         assert not (tmp_path / form).exists()
+
+
+def test_a_student_exports_after_its_data_is_gone(sd3, tmp_path):
+    folder = train(load_recipe(sd3()))
+    (tmp_path / "prompts.jsonl").unlink()
+    export(folder, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "on images of about the area of 16 x 24 (plain), 16 x 24 (style) pixels" in card
+    assert "| data of plain | " in card
+
+
+def test_a_changed_file_of_the_base_refuses_to_resume_by_name(tmp_path):
+    recipe = load_recipe(write_recipe(CASES["z_image"], "z_image", tmp_path))
+    train(recipe)
+    changes = {
+        "model_index.json": (tmp_path / "base" / "model_index.json").read_text() + " ",
+        "tokenizer/chat_template.jinja": "{{ messages }}",
+        "tokenizer/additional_chat_templates/tool.jinja": "{{ messages }}",
+    }
+    for name, content in changes.items():
+        path = tmp_path / "base" / name
+        before = path.read_text() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        with pytest.raises(CheckpointFailure, match=rf"cannot be resumed: {re.escape(name)}: "):
+            train(recipe, resume=True)
+        path.unlink() if before is None else path.write_text(before)
 
 
 def test_what_a_family_cannot_do_is_refused_by_name_before_training(sd3, tmp_path):

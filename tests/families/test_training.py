@@ -6,13 +6,14 @@ import pytest
 import torch
 import yaml
 from shared_backbones import ALPHA, PROMPTS, RANK, SHAPE, perturb, shared_backbone, twin_backbone
+from tiny_pipelines import CASES
 
 import danceopd as d
 from danceopd.distill.solver import integrate
 from danceopd.families.card import ModelCard
-from danceopd.families.export import FILE, export_lora
+from danceopd.families.export import FILE, export_lora, export_merged, export_peft
 from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora
-from danceopd.fields.teachers import CheckpointError, file_hash
+from danceopd.fields.teachers import CheckpointError, file_hash, merge_lora
 
 
 def method_for(family, field, can_edit: bool) -> d.DanceOPD:
@@ -140,6 +141,68 @@ def test_an_export_that_is_not_the_student_is_not_written(case, tmp_path):
         export_lora(family, lora, student, tmp_path / "export")
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.can_edit])
+def test_an_export_that_is_not_the_student_for_edits_alone_is_not_written(name, tmp_path):
+    family = CASES[name].family(CASES[name].pipeline())
+    backbone = shared_backbone(family)
+    perturb(backbone, "student", 0.3, seed=7)
+    model = AdapterModel(backbone, family.model, "student")
+
+    def student(z, sigma, condition):
+        return model(z, sigma, condition) + (0.01 if condition.source is not None else 0.0)
+
+    with pytest.raises(CheckpointError, match=r"velocities differ by 0\.01"):
+        export_lora(family, student_lora(backbone), student, tmp_path / "export")
+
+
+@pytest.mark.parametrize("give", [export_lora, export_peft])
+def test_a_lora_exports_without_namesakes_of_its_modules(give, tmp_path):
+    family = CASES["flux"].family(CASES["flux"].pipeline())
+    outputs, inputs = family.network.proj_out.weight.shape
+    weights = {"proj_out.lora_A.weight": torch.ones(2, inputs), "proj_out.lora_B.weight": torch.ones(outputs, 2)}
+    lora, backbone = Lora(rank=2, alpha=2.0, weights=weights), AdapterBackbone(family.network)
+    backbone.add("student", lora)
+    assert backbone.state("student").keys() == weights.keys()
+    assert "single_transformer_blocks.0.proj_out" in dict(family.network.named_modules())
+    give(family, lora, AdapterModel(backbone, family.model, "student"), tmp_path / "export")
+
+
+def merged_into(network, lora):
+    merge_lora(network, lora)
+    return network
+
+
+def test_bfloat16_weights_are_written_only_where_they_hold_the_student(case, tmp_path):
+    case.pipeline().save_pretrained(tmp_path / "base")
+    family = case.family(tmp_path / "base", dtype=torch.bfloat16)
+    backbone = shared_backbone(family)
+    student = AdapterModel(backbone, family.model, "student")
+    perturb(backbone, "student", 0.01, seed=7)
+    with pytest.raises(CheckpointError, match=r"100\.0% of what the student changes.*a LoRA can.*was not written"):
+        export_merged(family, family.load_model().network, student, tmp_path / "export")
+    perturb(backbone, "student", 0.3, seed=7)
+    merged = merged_into(family.load_model().network, student_lora(backbone))
+    export_merged(family, merged, student, tmp_path / "export")
+
+
+def test_a_merged_export_is_compared_bit_for_bit(tmp_path, monkeypatch):
+    family = CASES["sd3"].family(CASES["sd3"].pipeline())
+    network, cls = family.load_model().network, type(family.network)
+    original = cls.save_pretrained
+
+    def nudged(self, *args):
+        with torch.no_grad():
+            weight = next(self.parameters()).view(-1)
+            weight[0] += 1e-6
+            original(self, *args)
+            weight[0] -= 1e-6
+
+    monkeypatch.setattr(cls, "save_pretrained", nudged)
+    with pytest.raises(CheckpointError, match=r"loaded again, differs in 1 places.*was not written"):
+        export_merged(family, network, family.model, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
 CARD = ModelCard(
     base="some-lab/some-model",
     fields={"realism": "LoRA realism.safetensors, scale 1", "base": "the base | bare"},
@@ -172,7 +235,8 @@ def test_a_model_card_says_what_the_lora_is_and_was_made_from(case, tmp_path):
     assert f"````yaml\n{CARD.recipe}````" in body
     assert "| GenEval overall | 0.734 |" in body
     assert "- Nothing was measured above 1024 x 1024.\n- The licences" in body
-    assert float(body.split("student's by at most ")[1].split(".\n")[0]) <= 1e-5
+    assert float(body.split("student's by at most ")[1].split(". The")[0]) <= 1e-5
+    assert ("velocities for two prompts, with and without source images differed" in body) == case.can_edit
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", FILE]
 
 

@@ -19,14 +19,16 @@ class Exported:
     """What the card says of the files beside it.
 
     what: how the card's first sentence begins, up to the base's name. use: the lines that load it, BASE being the base.
-    checked: what else than velocities was compared, as the beginning of a sentence. difference: the largest between the
-    student's velocities and those of the files loaded again. digests: SHA-256 by the files' names.
+    checked: what was compared, as the beginning of a sentence that ends in the velocities. difference: the largest
+    between the student's velocities and those of the files loaded again. change: the largest between the student's and
+    its base's. digests: SHA-256 by the files' names.
     """
 
     what: str
     use: str
     checked: str
     difference: float
+    change: float
     digests: Mapping[str, str]
     is_lora: bool
 
@@ -68,8 +70,9 @@ class ModelCard:
                 "arXiv 2606.27377).",
                 "## Use",
                 _fenced(export.use.replace("BASE", repr(self.base)), "python"),
-                f"Checked when it was written: loaded again over the base, {export.checked}velocities for two prompts "
-                f"differed from the student's by at most {export.difference:.2g}.",
+                f"Checked when it was written: loaded again over the base, {export.checked} differed from the "
+                f"student's by at most {export.difference:.2g}. The student's differ from the base's by up to "
+                f"{export.change:.2g}.",
                 "## Fields",
                 _table(("field", "what it is"), self.fields),
                 "## Sources",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,40 @@ from danceopd.distill.solver import VelocityFunction
 from danceopd.families.card import Exported, ModelCard
 from danceopd.families.loaded_pipeline import LoadedPipeline
 from danceopd.families.pipeline import PipelineFamily
-from danceopd.fields.adapters import Lora
-from danceopd.fields.teachers import CheckpointError, file_hash
+from danceopd.families.probes import Probes
+from danceopd.fields.adapters import Lora, exact_targets
+from danceopd.fields.teachers import PEFT_FILE, PEFT_PREFIX, CheckpointError, file_hash
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
-PEFT_FILE = "adapter_model.safetensors"
 CARD = "README.md"
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference between the student's velocity and its reloaded export's, by the network's dtype. The
-written tensors and their scale are compared exactly, so the looser ones only allow for another order of rounding."""
+TOLERANCE = 1e-5
+"""Largest difference between the velocities of a student and of its reloaded export, as a share of the largest
+velocity (or of 1). For networks in float32."""
+SHARE_OF_CHANGE = 0.05
+"""The same for networks in half precision, as a share of what the student changes of its base: so coarse weights may
+round all of a small change away, however small the difference is beside the velocities."""
 
 ADAPTER_CHECK = "the tensors and their scale were the student's, and "
+MERGED_CHECK = "the tensors were those written, bit for bit, and "
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """One way to give a student away.
+
+    write: writes it into a folder that is not there yet. reload: the network that a user makes of that folder. what,
+    use, checked, is_lora: see ``Exported``. remedy: what else to do if half precision cannot hold the student.
+    """
+
+    write: Callable[[Path], None]
+    reload: Callable[[Path], Any]
+    what: str
+    use: str
+    checked: str
+    is_lora: bool
+    remedy: str = ""
 
 
 def export_lora(
@@ -73,7 +95,8 @@ def export_lora(
         f"from diffusers import {name}\n\npipe = {name}.from_pretrained(BASE)\n"
         f'pipe.load_lora_weights("THIS FOLDER", weight_name="{FILE}")'
     )
-    return _export(family, student, folder, write, reload, card, _what(lora), use, ADAPTER_CHECK)
+    form = _Form(write=write, reload=reload, what=_what(lora), use=use, checked=ADAPTER_CHECK, is_lora=True)
+    return _export(family, student, folder, form, card)
 
 
 def export_peft(
@@ -84,7 +107,7 @@ def export_peft(
 
     def write(aside: Path) -> None:
         aside.mkdir(parents=True)
-        weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in lora.weights.items()}
+        weights = {f"{PEFT_PREFIX}{name}": weight.contiguous() for name, weight in lora.weights.items()}
         save_file(weights, aside / PEFT_FILE, {"format": "pt"})
         _config(lora).save_pretrained(str(aside))
 
@@ -99,7 +122,8 @@ def export_peft(
         f"from diffusers import {name}\nfrom peft import PeftModel\n\npipe = {name}.from_pretrained(BASE)\n"
         'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS FOLDER")'
     )
-    return _export(family, student, folder, write, reload, card, _what(lora), use, ADAPTER_CHECK)
+    form = _Form(write=write, reload=reload, what=_what(lora), use=use, checked=ADAPTER_CHECK, is_lora=True)
+    return _export(family, student, folder, form, card)
 
 
 def export_merged(
@@ -107,13 +131,15 @@ def export_merged(
 ) -> float:
     """As ``export_lora``, a whole transformer in a folder that its class's ``from_pretrained`` takes.
 
-    network: a transformer without adapters that holds the student's weights.
+    network: a transformer without adapters that holds the student's weights. It is written in its own type, and
+        refused where half precision cannot hold the student.
     """
     cls, name = type(network), type(family.pipeline).__name__
 
     def reload(aside: Path) -> Any:
         dtype = next(network.parameters()).dtype
         found: Any = cls.from_pretrained(aside, local_files_only=True, use_safetensors=True, dtype=dtype)
+        _refuse(_differing(network.state_dict(), found.state_dict(), cast=False), folder)
         return found.to(family.loaded.device).eval()
 
     use = (
@@ -121,42 +147,55 @@ def export_merged(
         f'transformer = {cls.__name__}.from_pretrained("THIS FOLDER")\n'
         f"pipe = {name}.from_pretrained(BASE, transformer=transformer)"
     )
-    what = f"A whole {cls.__name__} in the place of the one of"
-    return _export(family, student, folder, network.save_pretrained, reload, card, what, use, "")
+    form = _Form(
+        write=network.save_pretrained,
+        reload=reload,
+        what=f"A whole {cls.__name__} in the place of the one of",
+        use=use,
+        checked=MERGED_CHECK,
+        is_lora=False,
+        remedy="; what weights of half precision cannot hold, a LoRA can, and so can weights merged in float32",
+    )
+    return _export(family, student, folder, form, card)
 
 
 def _export(
-    family: PipelineFamily,
-    student: VelocityFunction,
-    folder: Path,
-    write: Callable[[Path], None],
-    reload: Callable[[Path], Any],
-    card: ModelCard | None,
-    what: str,
-    use: str,
-    checked: str,
+    family: PipelineFamily, student: VelocityFunction, folder: Path, form: _Form, card: ModelCard | None
 ) -> float:
     """Write aside, load again, compare, and only then give the folder its name."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already and is not empty; choose another folder, or remove it")
     aside = folder.with_name(f".unverified-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
+    side = 4 * family.loaded.size_step
+    probes = Probes(family, side, side)
+    needed = probes.velocities(student)
+    change = float((needed - probes.velocities(family.load_model())).abs().max())
     try:
-        write(aside)
-        difference = _difference(family, reload(aside), student, folder)
-        if card is not None:
-            digests = {path.name: file_hash(path) for path in sorted(aside.glob("*.safetensors"))}
-            text = card.render(
-                Exported(
-                    what=what,
-                    use=use,
-                    checked=checked,
-                    difference=difference,
-                    digests=digests,
-                    is_lora=checked == ADAPTER_CHECK,
-                )
+        form.write(aside)
+        network = form.reload(aside)
+        found = probes.velocities(family.behind_the_call(network))
+        difference = float((found - needed).abs().max())
+        in_half = min(parameter.dtype.itemsize for parameter in network.parameters()) < 4
+        allowed = SHARE_OF_CHANGE * change if in_half else TOLERANCE * max(1.0, float(needed.abs().max()))
+        if not difference <= allowed:
+            share = difference / change if change else float("inf")
+            raise CheckpointError(
+                f"the export does not give back the student: velocities differ by {difference:.2g}, which is "
+                f"{share:.1%} of what the student changes of its base ({change:.2g}); allowed is {allowed:.2g}"
+                f"{form.remedy if in_half else ''}; {folder} was not written"
             )
-            (aside / CARD).write_text(text, encoding="utf-8")
+        if card is not None:
+            exported = Exported(
+                what=form.what,
+                use=form.use,
+                checked=f"{form.checked}velocities for {probes.words}",
+                difference=difference,
+                change=change,
+                digests={path.name: file_hash(path) for path in sorted(aside.glob("*.safetensors"))},
+                is_lora=form.is_lora,
+            )
+            (aside / CARD).write_text(card.render(exported), encoding="utf-8")
         aside.replace(folder)
         return difference
     finally:
@@ -164,7 +203,7 @@ def _export(
 
 
 def _config(lora: Lora) -> LoraConfig:
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))  # pyright: ignore
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=exact_targets(lora.targets))  # pyright: ignore
 
 
 def _what(lora: Lora) -> str:
@@ -176,38 +215,31 @@ def fresh_pipeline(loaded: LoadedPipeline) -> Any:
     return type(loaded.pipeline)(**loaded.pipeline.components | {"transformer": loaded.own_network()})
 
 
-@torch.no_grad()
-def _difference(family: PipelineFamily, network: Any, student: VelocityFunction, folder: Path) -> float:
-    """The largest difference between the student's velocities and those of ``network``, if it is small enough."""
-    generator = torch.Generator().manual_seed(0)
-    scale = 2 * family.pipeline.vae_scale_factor
-    z = torch.randn(2, *family.latent_shape(4 * scale, 4 * scale), generator=generator).to(family.loaded.device)
-    sigma = torch.tensor([0.9, 0.4], device=z.device)
-    condition = family.encode(["", "a red circle beside a blue square"], None)
-    expected = student(z, sigma, condition).float()
-    difference = float((family.behind_the_call(network)(z, sigma, condition).float() - expected).abs().max())
-    allowed = TOLERANCE[next(network.parameters()).dtype] * max(1.0, float(expected.abs().max()))
-    if not difference <= allowed:
-        raise CheckpointError(
-            f"the export does not give back the student: velocities differ by {difference:.2g}, allowed is "
-            f"{allowed:.2g}; {folder} was not written"
-        )
-    return difference
-
-
 def _require_same(lora: Lora, network: Any, adapter: str, folder: Path) -> None:
     """The loaded adapter has the written tensors, bit for bit, and the same alpha / rank at every layer."""
-    found: dict[str, Tensor] = get_peft_model_state_dict(network, adapter_name=adapter)
-    wrong = sorted(set(found) ^ set(lora.weights))
-    wrong += [
-        name
-        for name, weight in lora.weights.items()
-        if name in found and not torch.equal(found[name].cpu(), weight.to(found[name].dtype).cpu())
-    ]
+    wrong = _differing(lora.weights, get_peft_model_state_dict(network, adapter_name=adapter), cast=True)
     for target in lora.targets:
         layer: Any = network.get_submodule(target)
         if abs(layer.scaling[adapter] - lora.alpha / lora.rank) > 1e-6 * lora.alpha / lora.rank:
             wrong.append(f"alpha / rank of {target}")
+    _refuse(wrong, folder)
+
+
+def _differing(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, cast: bool) -> list[str]:
+    """Names of the tensors that only one side has, or that are not equal bit for bit.
+
+    cast: the loader may have chosen a narrower type, in which they are compared then.
+    """
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        one = one.to(other.dtype) if cast else one
+        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+
+    unmatched = sorted(set(found) ^ set(needed))
+    return unmatched + [name for name in needed if name in found and not same(needed[name], found[name])]
+
+
+def _refuse(wrong: list[str], folder: Path) -> None:
     if wrong:
         raise CheckpointError(
             f"the export, loaded again, differs in {len(wrong)} places, first {wrong[0]!r}; {folder} was not written"

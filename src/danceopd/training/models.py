@@ -21,5 +21,11 @@ def model_source(recipe: Recipe, name: str) -> str:
     if name in recipe.fields:
         part = recipe.fields[name]
         what = " over ".join(part.references.values()) or (recipe.base if part.base else " + ".join(part.mixture or ()))
-        return what + (f", guidance {part.guidance_scale:g}" if part.guidance_scale != 1 else "")
+        details = {
+            "LoRA scale": f"{part.lora_scale:g}" if part.lora_scale != 1 else "",
+            "guidance": f"{part.guidance_scale:g}" if part.guidance_scale != 1 else "",
+            "negative prompt": repr(part.negative_prompt) if part.negative_prompt else "",
+            "prompt prefix": repr(part.prompt_prefix) if part.prompt_prefix else "",
+        }
+        return ", ".join([what, *(f"{name} {detail}" for name, detail in details.items() if detail)])
     return recipe.base if name == "base" else "the trained student"
