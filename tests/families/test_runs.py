@@ -417,7 +417,7 @@ def test_without_a_cache_one_row_of_each_shape_is_encoded_to_see_that_it_fits(tm
         return encode(family, prompts, edits=edits)
 
     monkeypatch.setattr(FluxFamily, "encode_prompts", counted)
-    assembly = assemble(load_recipe(path, [f"data_cache={cache}"]), device=CPU)
+    assembly = assemble(load_recipe(path, [f"data_cache={cache}", "routes.1.resolution=32"]), device=CPU)
     assert [prompt for prompt in asked if prompt] == [f"make it {index}" for index in range(encoded)]
     assert len(assembly.buckets["style"].source) == 4
 
