@@ -180,7 +180,7 @@ def test_a_manifest_that_is_there_is_used_and_says_whether_it_holds_edits(tmp_pa
     recipe = load_recipe(FOLDER / "z_image_cfg.yaml", [edits])
     found, said = check(recipe)
     assert "a random ZImageOmniPipeline" in said[0]
-    assert "edits.jsonl (1 inputs) at 1024 x 1024" in found.routes[0]
+    assert "edits.jsonl (1 inputs, edits) at 1024 x 1024" in found.routes[0]
 
 
 def test_a_field_of_another_family_has_the_students_vae(tmp_path):

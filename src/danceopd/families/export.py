@@ -32,6 +32,9 @@ velocity (or of 1). For networks in float32."""
 SHARE_OF_CHANGE = 0.05
 """The same for networks in half precision, as a share of what the student changes of its base: so coarse weights may
 round all of a small change away, however small the difference is beside the velocities."""
+ROUNDINGS = 4
+"""An adapter over a half-precision network, whose own tensors were compared, may besides differ by so many roundings of
+the largest velocity: what the network's sums give in another order."""
 
 ADAPTER_CHECK = "the tensors and their scale were the student's, and "
 MERGED_CHECK = "the tensors were those written, bit for bit, and "
@@ -176,8 +179,12 @@ def _export(
         network = form.reload(aside)
         found = probes.velocities(family.behind_the_call(network))
         difference = float((found - needed).abs().max())
-        in_half = min(parameter.dtype.itemsize for parameter in network.parameters()) < 4
-        allowed = SHARE_OF_CHANGE * change if in_half else TOLERANCE * max(1.0, float(needed.abs().max()))
+        largest = max(1.0, float(needed.abs().max()))
+        coarsest = max(torch.finfo(parameter.dtype).eps for parameter in network.parameters())
+        in_half = coarsest > torch.finfo(torch.float32).eps
+        allowed = SHARE_OF_CHANGE * change if in_half else TOLERANCE * largest
+        if in_half and form.is_lora:
+            allowed = max(allowed, ROUNDINGS * coarsest * largest)
         if not difference <= allowed:
             share = difference / change if change else float("inf")
             raise CheckpointError(
