@@ -93,7 +93,7 @@ def test_folders_that_are_no_whole_pipeline_of_the_family_are_refused(case, fold
 def test_every_file_that_a_pipeline_needs_is_missed_by_name(case, folder):
     # A chat template may stand in tokenizer_config.json too; without any, encoding a prompt fails by itself.
     needed = [path for path in folder.rglob("*") if path.is_file() and path.name != "chat_template.jinja"]
-    assert len(needed) > 10
+    assert len(needed) >= 10
     for path in needed:
         aside = path.rename(path.with_suffix(".aside"))
         with pytest.raises(CheckpointError, match=re.escape(path.name)) as caught:
