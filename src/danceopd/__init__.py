@@ -3,7 +3,8 @@
 from danceopd.distill.objective import VelocityMSE
 from danceopd.distill.query import BetaQuery, StratifiedQuery
 from danceopd.distill.rollout import rollout
-from danceopd.distill.routing import Route, Router
+from danceopd.distill.routers import CurriculumRouter, GapRouter, Router, UniformRouter, WeightedRouter
+from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid, shifted_grid
 from danceopd.distill.solver import sample
 from danceopd.distill.step import DanceOPD, route_gradient_cosines
@@ -18,7 +19,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BetaQuery",
     "Condition",
+    "CurriculumRouter",
     "DanceOPD",
+    "GapRouter",
     "Grid",
     "GuidedField",
     "MixtureField",
@@ -31,8 +34,10 @@ __all__ = [
     "StepResult",
     "StratifiedQuery",
     "StreamingDanceOPD",
+    "UniformRouter",
     "VelocityField",
     "VelocityMSE",
+    "WeightedRouter",
     "rollout",
     "route_gradient_cosines",
     "sample",

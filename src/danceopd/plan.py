@@ -37,7 +37,7 @@ def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
     asked: the recipe whose references and sizes are named, where stand-ins were assembled in its place.
     """
     recipe, method = asked or assembly.recipe, assembly.method
-    shares = method.router.shares.tolist()
+    shares = method.shares.tolist()
     batch = recipe.train.batch_size
     sentences = [_route_sentence(assembly, recipe, index, share) for index, share in enumerate(shares)]
     calls = method.expected_calls()
@@ -58,7 +58,8 @@ def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
 def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float) -> str:
     route, part = assembly.method.routes[index], recipe.routes[index]
     field, data = recipe.fields[part.field], part.data
-    words = [f"{route.name}: {share:.0%} of samples, taught by {_taught_by(field)}"]
+    at_first = " at first" if assembly.method.router.adaptive else ""
+    words = [f"{route.name}: {share:.0%} of samples{at_first}, taught by {_taught_by(field)}"]
     if field.prompt_prefix:
         words.append(f'told "{field.prompt_prefix}" first')
     if isinstance(route.field, GuidedField):

@@ -171,7 +171,7 @@ def test_diffusion_opd_weights_the_true_steps_of_the_grid(rng):
     student, field = TinyNet(), GaussianField(0.7, 0.5)
     result = DiffusionOPD(routes=[d.Route("one", field, inputs)], grid=GRID).step(student, batch_size=5, generator=rng)
     generator = torch.Generator().manual_seed(0)
-    DiffusionOPD(routes=[d.Route("one", field, inputs)], grid=GRID).router.draw(5, generator)
+    DiffusionOPD(routes=[d.Route("one", field, inputs)], grid=GRID).draw_routes(5, generator)
     z, expected = torch.randn(5, 4, generator=generator), 0.0
     for j in range(4):
         here, size = GRID.sigmas[j].expand(5), float(GRID.sigmas[j + 1] - GRID.sigmas[j])

@@ -2,25 +2,25 @@ import pytest
 import torch
 from closed_forms import GaussianField
 
-from danceopd.distill.routing import Route, Router
+from danceopd.distill.routing import Route, draw_routes, require_routes
 from danceopd.fields.guidance import GuidedField
 
 
-def test_frequencies_follow_the_weights(rng):
-    routes = Router((1.0, 3.0, 4.0)).draw(40_000, rng)
+def test_frequencies_follow_the_shares(rng):
+    routes = draw_routes(torch.tensor([0.125, 0.375, 0.5]), 40_000, rng)
     torch.testing.assert_close(torch.bincount(routes) / 40_000, torch.tensor([0.125, 0.375, 0.5]), atol=0.01, rtol=0)
 
 
 def test_per_step_gives_a_whole_update_to_one_route(rng):
-    router = Router((1.0, 3.0), per="step")
-    updates = torch.stack([router.draw(8, rng) for _ in range(4000)])
+    shares = torch.tensor([0.25, 0.75])
+    updates = torch.stack([draw_routes(shares, 8, rng, per="step") for _ in range(4000)])
     assert bool((updates == updates[:, :1]).all())
     assert abs(float(updates[:, 0].double().mean()) - 0.75) < 0.03
 
 
 def test_stratified_counts_are_exact_up_to_rounding_with_the_right_marginals(rng):
-    router = Router((1.0, 2.0), stratified=True)
-    draws = torch.stack([router.draw(10, rng) for _ in range(6000)])
+    shares = torch.tensor([1 / 3, 2 / 3])
+    draws = torch.stack([draw_routes(shares, 10, rng, stratified=True) for _ in range(6000)])
     assert set((draws == 1).sum(1).tolist()) == {6, 7}
     torch.testing.assert_close(
         (draws == 1).double().mean(0), torch.full((10,), 2 / 3, dtype=torch.float64), atol=0.03, rtol=0
@@ -28,12 +28,12 @@ def test_stratified_counts_are_exact_up_to_rounding_with_the_right_marginals(rng
 
 
 def test_a_generator_state_restores_the_routes(rng):
-    router = Router((1.0, 1.0, 1.0))
-    router.draw(5, rng)
+    shares = torch.full((3,), 1 / 3)
+    draw_routes(shares, 5, rng)
     state = rng.get_state()
-    first = router.draw(100, rng)
+    first = draw_routes(shares, 100, rng)
     rng.set_state(state)
-    assert torch.equal(first, router.draw(100, rng))
+    assert torch.equal(first, draw_routes(shares, 100, rng))
 
 
 def test_guided_routes_drop_prompts_by_default():
@@ -51,5 +51,10 @@ def test_bad_routes_are_refused():
         Route("a", field, lambda n, g: None, weight=0.0)
     with pytest.raises(ValueError, match="no empty condition"):
         Route("a", field, lambda n, g: None, prompt_dropout=0.1)
+    route = Route("a", field, lambda n, g: None)
     with pytest.raises(ValueError, match="'sample' or per 'step'"):
-        Router((1.0,), per="epoch")
+        require_routes([route], per="epoch")
+    with pytest.raises(ValueError, match="at least one route"):
+        require_routes([], per="sample")
+    with pytest.raises(ValueError, match="different names, found a, a"):
+        require_routes([route, route], per="sample")

@@ -68,7 +68,7 @@ def test_accumulation_averages_micro_batches_and_keeps_one_route_per_update(tiny
     got = [parameter.grad.clone() for parameter in trainer.assembly.student.parameters.values()]
     again = assemble(recipe, device=CPU)
     generator = torch.Generator().manual_seed(recipe.train.seed)
-    for chosen in again.method.router.draw(8, generator).chunk(4):
+    for chosen in again.method.draw_routes(8, generator).chunk(4):
         result = again.method.step(again.student.model, batch_size=2, generator=generator, routes=chosen)
         (result.loss / 4).backward()
     assert any(float(gradient.abs().sum()) > 0 for gradient in got)

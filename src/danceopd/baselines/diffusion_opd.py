@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from danceopd.distill.batch import routed_velocity
-from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.method import Method
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
@@ -46,6 +45,7 @@ class DiffusionOPD(Method):
             raise ValueError(f"form is 'ode' or 'sde', found {self.form!r}")
         if self.per != "sample" or not self.stratified:
             raise ValueError("DiffusionOPD holds every route in every update: per 'sample', stratified")
+        self.require_static_shares("DiffusionOPD holds every route's exact share in every update")
 
     def expected_calls(self) -> ExpectedCalls:
         def calls(route: Route, grid: Grid) -> ExpectedCalls:
@@ -69,8 +69,8 @@ class DiffusionOPD(Method):
         backward: Callable[[Tensor], None] | None = None,
     ) -> StepResult:
         """Loss of one update; arguments as in ``DanceOPD.step``."""
-        chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        losses = UpdateLosses(self.routes, batch_size, backward)
+        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for batch in self.batches(chosen, generator):
             steps, sigmas = batch.grid.steps, batch.grid.sigmas.to(self.device)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from danceopd.distill.batch import RoutedBatch, routed_velocity
-from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.method import Method
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
@@ -96,8 +95,8 @@ class FlowOPD(Method):
         """
         if batch_size % self.group_size:
             raise ValueError(f"batch_size {batch_size} is not a multiple of group_size {self.group_size}")
-        chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        losses = UpdateLosses(self.routes, batch_size, backward)
+        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for group in self.batches(chosen[:: self.group_size], generator):
             batch, steps = group.repeated(self.group_size), group.grid.steps

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.method import Method
 from danceopd.distill.solver import noised
 from danceopd.states import ExpectedCalls, NetworkCalls, StepResult
@@ -42,8 +41,8 @@ class JointTraining(Method):
         Raises:
             ValueError: if a route's data has no target images.
         """
-        chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        losses = UpdateLosses(self.routes, batch_size, backward)
+        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for batch in self.batches(chosen, generator, targets=True):
             clean = batch.required_target(self.routes).float()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from danceopd.distill.batch import RoutedBatch, draw_batches
+from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.query import QueryBand
-from danceopd.distill.routing import Route, Router, router_for
+from danceopd.distill.routers import Router, WeightedRouter
+from danceopd.distill.routing import Route, draw_routes, require_routes
 from danceopd.distill.schedule import Grid, GridFor
 from danceopd.states import ExpectedCalls, StepResult
 
@@ -21,14 +23,17 @@ from danceopd.states import ExpectedCalls, StepResult
 class Method(ABC):
     """The loss of one update, and what it costs.
 
-    routes: the frozen fields and their data. per, stratified: how samples get their route; see ``Router``.
+    routes: the frozen fields and their data.
+    router: which share of the samples a route has; see ``distill.routers``. A router that carries state is one
+        method's own. ``update`` tells it the losses; a loop over ``step`` does so by ``observe``, or it stays as it is.
+    per, stratified: how samples get their route by those shares; see ``draw_routes``.
     grid: what rollouts and samplers step along, or a function of one latent's shape that gives it, for families whose
     shift depends on the size.
     device: where the student and the fields live; all drawing happens on the CPU, from the generator passed in.
 
     Raises:
-        ValueError: if there are no routes, two have one name, ``per`` is unknown, or a route has a query of its own
-            that the method would make no use of.
+        ValueError: if there are no routes, two have one name, ``per`` is unknown, the router does not fit the routes or
+            the method, or a route has a query of its own that the method would make no use of.
     """
 
     queries: ClassVar[bool] = False
@@ -36,19 +41,30 @@ class Method(ABC):
 
     routes: Sequence[Route]
     grid: Grid | GridFor
+    router: Router = field(default_factory=WeightedRouter)
     per: Literal["sample", "step"] = "sample"
     stratified: bool = False
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        router_for(self.routes, self.per, self.stratified)
+        require_routes(self.routes, self.per)
+        self.router.shares(self._weights)  # refuses a router that does not fit
         for route in self.routes:
             if route.query is not None and not self.queries:
                 raise ValueError(f"route {route.name!r} has a query of its own; {type(self).__name__} asks for none")
 
     @property
-    def router(self) -> Router:
-        return router_for(self.routes, self.per, self.stratified)
+    def _weights(self) -> Tensor:
+        return torch.tensor([route.weight for route in self.routes], dtype=torch.float64)
+
+    @property
+    def shares(self) -> Tensor:
+        """Each route's share of the coming update's samples: float64 [M]."""
+        return self.router.shares(self._weights)
+
+    def draw_routes(self, count: int, generator: torch.Generator) -> Tensor:
+        """Route index of each of ``count`` samples of the coming update: int64 [count]."""
+        return draw_routes(self.shares, count, generator, per=self.per, stratified=self.stratified)
 
     @abstractmethod
     def expected_calls(self) -> ExpectedCalls:
@@ -61,14 +77,18 @@ class Method(ABC):
         return draw_batches(self.routes, chosen, generator, self.device, grid=self.grid, query=query, targets=targets)
 
     def over_routes(self, calls: Callable[[Route, Grid], ExpectedCalls]) -> ExpectedCalls:
-        """The mean, over the routes' shares, of what a sample of each route costs on its grid."""
+        """The mean, over the routes' shares in the coming update, of what a sample of each costs on its grid."""
         each = [calls(route, route.typical_grid(self.grid)) for route in self.routes]
-        shares = self.router.shares.tolist()
+        shares = self.shares.tolist()
         return ExpectedCalls(
             rollout=sum(share * cost.rollout for share, cost in zip(shares, each, strict=True)),
             field=sum(share * cost.field for share, cost in zip(shares, each, strict=True)),
             train=sum(share * cost.train for share, cost in zip(shares, each, strict=True)),
         )
+
+    def losses(self, count: int, backward: Callable[[Tensor], None] | None) -> UpdateLosses:
+        """What collects the losses of ``count`` samples, weighted as the router asks; ``backward`` as in ``step``."""
+        return UpdateLosses(self.routes, count, backward, self.router.loss_weights(self._weights))
 
     @abstractmethod
     def step(
@@ -94,14 +114,33 @@ class Method(ABC):
         """The losses of one whole update; the update's loss is their mean. ``backward``: as in ``step``."""
         share = 1 / micro_batches
         part = None if backward is None else lambda loss: backward(loss * share)
-        return [
+        results = [
             self.step(student, batch_size=len(chosen), generator=generator, routes=chosen, backward=part)
-            for chosen in self.router.draw(batch_size, generator).chunk(micro_batches)
+            for chosen in self.draw_routes(batch_size, generator).chunk(micro_batches)
         ]
+        self.observe(results)
+        return results
+
+    def observe(self, results: Sequence[StepResult]) -> None:
+        """Tell the router each route's mean loss over one whole update, of which these are the parts."""
+        if not self.router.adaptive:
+            return
+        losses = torch.full((len(self.routes),), torch.nan, dtype=torch.float64)
+        for index, route in enumerate(self.routes):
+            parts = [result.routes[route.name] for result in results if route.name in result.routes]
+            if parts:
+                total = sum(float(part.loss.detach()) * part.samples for part in parts)
+                losses[index] = total / sum(part.samples for part in parts)
+        self.router.observe(losses)
+
+    def require_static_shares(self, reason: str) -> None:
+        """Raises a ValueError with the reason if the shares change from update to update."""
+        if self.router.adaptive:
+            raise ValueError(f"{reason}, and a {type(self.router).__name__} changes the shares")
 
     def state(self) -> dict[str, Tensor]:
         """What the method carries from one update to the next, for checkpoints; most carry nothing."""
-        return {}
+        return self.router.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue where ``state`` was taken.
@@ -109,8 +148,7 @@ class Method(ABC):
         Raises:
             ValueError, KeyError, TypeError: if that is not a state of this method.
         """
-        if tensors:
-            raise ValueError(f"{type(self).__name__} carries nothing, found {', '.join(tensors)}")
+        self.router.load_state(tensors)
 
     def diagnostics(self, student: nn.Module) -> dict[str, float | int]:
         """Figures on what the method carries, for the metrics. Their network calls are not counted."""

@@ -86,50 +86,40 @@ class Route:
         return grid_of(grid, self.shape or ())
 
 
-@dataclass(frozen=True)
-class Router:
-    """Draws the route of every sample; all its randomness is the generator's.
+def draw_routes(
+    shares: Tensor,
+    count: int,
+    generator: torch.Generator,
+    *,
+    per: Literal["sample", "step"] = "sample",
+    stratified: bool = False,
+) -> Tensor:
+    """Route index of each of ``count`` samples of one optimiser update: int64 [count]; all randomness is the
+    generator's.
 
-    weights: relative shares. per: ``"sample"`` draws each sample's route; ``"step"`` gives a whole optimiser update to
-    one route (the paper's G = 1). stratified: per sample, counts are each route's exact share up to rounding, and only
-    the rounding and the order are drawn; every sample's marginal stays the same.
+    shares: of the routes, float64 [M]; every sample's marginal.
+    per: ``"sample"`` draws each sample's route; ``"step"`` gives the whole update to one route (the paper's G = 1).
+    stratified: per sample, counts are each route's exact share up to rounding, and only the rounding and the order are
+        drawn.
+    """
+    if per == "step":
+        return torch.multinomial(shares, 1, generator=generator).expand(count)
+    if not stratified:
+        return torch.multinomial(shares, count, replacement=True, generator=generator)
+    routes = systematic(shares, count, generator)
+    return routes[torch.randperm(count, generator=generator)]
+
+
+def require_routes(routes: Sequence[Route], per: str) -> None:
+    """Refuse routes that cannot be drawn.
 
     Raises:
-        ValueError: if there are no weights, or one is not positive, or ``per`` is unknown.
+        ValueError: if there are none, two have one name, or ``per`` is unknown.
     """
-
-    weights: tuple[float, ...]
-    per: Literal["sample", "step"] = "sample"
-    stratified: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.weights or min(self.weights) <= 0:
-            raise ValueError(f"a router needs positive weights, found {self.weights}")
-        if self.per not in ("sample", "step"):
-            raise ValueError(f"routing is per 'sample' or per 'step', found {self.per!r}")
-
-    @property
-    def shares(self) -> Tensor:
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        return weights / weights.sum()
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Route index of each of ``count`` samples of one optimiser update: int64 [count]."""
-        if self.per == "step":
-            return torch.multinomial(self.shares, 1, generator=generator).expand(count)
-        if not self.stratified:
-            return torch.multinomial(self.shares, count, replacement=True, generator=generator)
-        routes = systematic(self.shares, count, generator)
-        return routes[torch.randperm(count, generator=generator)]
-
-
-def router_for(routes: Sequence[Route], per: Literal["sample", "step"], stratified: bool = False) -> Router:
-    """A router with the routes' weights.
-
-    Raises:
-        ValueError: if two routes have one name, or the router's own reasons.
-    """
+    if not routes:
+        raise ValueError("at least one route is needed, found none")
     names = [route.name for route in routes]
     if len(set(names)) != len(names):
         raise ValueError(f"routes need different names, found {', '.join(names)}")
-    return Router(tuple(route.weight for route in routes), per, stratified)
+    if per not in ("sample", "step"):
+        raise ValueError(f"routing is per 'sample' or per 'step', found {per!r}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.matching import VelocityMatching
 from danceopd.distill.query_states import StateSource, queried_states
 from danceopd.distill.routing import Route
@@ -63,8 +62,8 @@ class DanceOPD(VelocityMatching):
             backward: called on each part of the loss as soon as it stands, so that no two graphs live at once; the
                 result's losses are then detached.
         """
-        chosen = self.router.draw(batch_size, generator) if routes is None else routes
-        losses = UpdateLosses(self.routes, batch_size, backward)
+        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for batch in self.batches(chosen, generator, query=self.query, targets=self.states == "data"):
             band, grid = batch.query or self.query, batch.grid

@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from danceopd.distill.losses import UpdateLosses
 from danceopd.distill.matching import VelocityMatching
 from danceopd.distill.pool import Pool, Trajectories, begin
 from danceopd.distill.rollout import rollout
@@ -41,7 +40,8 @@ class StreamingDanceOPD(VelocityMatching):
     with probability min(1, c p(j)), p the query band and c such that the number is exact; see ``selection``.
 
     Raises:
-        ValueError: for a band over sigma or several queries per rollout, or a pool that is too small for a route.
+        ValueError: for a band over sigma or several queries per rollout, a router that changes the shares, or a
+            pool that is too small for a route.
     """
 
     pool: int
@@ -51,6 +51,7 @@ class StreamingDanceOPD(VelocityMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_static_shares("streaming rollouts give each route its share of the pool for good")
         if self.query.over != "step":
             raise ValueError(
                 f"streaming rollouts need a query band over 'step', found {self.query.over!r}: they train the states "
@@ -93,18 +94,18 @@ class StreamingDanceOPD(VelocityMatching):
     @cached_property
     def members(self) -> Tensor:
         """Trajectories of each route: int64 [M], their sum the pool."""
-        shares = self.router.shares if self.per == "sample" else torch.ones(len(self.routes)).double()
+        shares = self.shares if self.per == "sample" else torch.ones(len(self.routes)).double()
         return (shares.cumsum(0) / shares.sum() * self.pool).round().long().diff(prepend=torch.zeros(1).long())
 
     def _most_samples(self) -> list[int]:
         """Samples of each route in an update, at most."""
         if self.per == "step" or not self.stratified:
             return [self.batch_size] * len(self.routes)
-        return (self.router.shares * self.batch_size - 1e-9).ceil().long().tolist()
+        return (self.shares * self.batch_size - 1e-9).ceil().long().tolist()
 
     def selection(self) -> Tensor:
         """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T]."""
-        shares, members = self.router.shares.tolist(), self.members.tolist()
+        shares, members = self.shares.tolist(), self.members.tolist()
         rows = []
         for share, count in zip(shares, members, strict=True):
             trained = self.batch_size * (1 if self.per == "step" else share)
@@ -140,9 +141,9 @@ class StreamingDanceOPD(VelocityMatching):
         Raises:
             ValueError: if a route has fewer trajectories in the band than samples.
         """
-        chosen = self.router.draw(batch_size, generator) if routes is None else routes
+        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
         calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator)
-        losses = UpdateLosses(self.routes, batch_size, backward)
+        losses = self.losses(batch_size, backward)
         moved = []
         for members, trained in self._select(chosen, generator):
             sigmas = members.batch.grid.sigmas
