@@ -211,18 +211,52 @@ class RoutePart(Part):
     )
 
 
+ROUTER_KEYS = {"gap": ("floor", "power", "decay", "reweight"), "curriculum": ("end_weights", "end_step")}
+"""By router, the keys of ``routing`` that are its alone."""
+
+
 class RoutingPart(Part):
     """How samples get their route; always hard."""
 
+    by: Literal["weighted", "uniform", "gap", "curriculum"] = Field(
+        default="weighted",
+        description="The routes' shares: their weights; all the same; the more, the further the route is from its "
+        "field (the weights multiply that); or from their weights to 'end_weights' in a line.",
+    )
     per: Literal["sample", "step"] = Field(
         default="sample", description="Draw a route per sample or per optimiser update."
     )
     stratified: bool = Field(default=False, description="Per sample: hold each route's share exactly, up to rounding.")
+    floor: float = _number(default=0.05, gt=0, lt=1, description="Gap: share that every route keeps.")
+    power: float = _number(default=1.0, gt=0, description="Gap: exponent on the gaps; below 1 is more even.")
+    decay: float = _number(
+        default=0.9, ge=0, lt=1, description="Gap: of the average loss, per update; 0 is the last loss."
+    )
+    reweight: bool = Field(
+        default=False,
+        description="Gap: weigh each loss by its route's weight over its share, which keeps the weights' objective. "
+        "Otherwise the shares are the objective's weights.",
+    )
+    end_weights: dict[str, Annotated[float, _number(gt=0)]] | None = Field(
+        default=None, description="Curriculum: the routes' weights, by name, that it ends at."
+    )
+    end_step: int | None = Field(default=None, ge=1, description="Curriculum: updates until it is there.")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the shares change from update to update."""
+        return self.by in ROUTER_KEYS
 
     @model_validator(mode="after")
-    def _stratified_per_sample(self) -> RoutingPart:
+    def _keys_of_the_router(self) -> RoutingPart:
         if self.stratified and self.per != "sample":
             raise ValueError("'stratified' needs per: sample")
+        for router, keys in ROUTER_KEYS.items():
+            for key in keys if router != self.by else ():
+                if getattr(self, key) != RoutingPart.model_fields[key].default:
+                    raise ValueError(f"'{key}' needs by: {router}, found by: {self.by}")
+        if self.by == "curriculum" and None in (self.end_weights, self.end_step):
+            raise ValueError("by: curriculum needs 'end_weights' and 'end_step'")
         return self
 
 

@@ -210,6 +210,38 @@ class Recipe(Part):
                 f"flow_opd.group_size: a micro-batch of {micro_batch} is not a multiple of groups of {group}"
             )
         self._refuse_idle_keys()
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        routing, names = self.routing, [route.name or route.field for route in self.routes]
+        if routing.by == "uniform":
+            for index, route in enumerate(self.routes):
+                if route.weight != 1.0:
+                    raise ValueError(
+                        f"routes.{index}.weight: routing.by 'uniform' makes no use of it, found {route.weight:g}"
+                    )
+        if routing.by == "curriculum" and set(routing.end_weights or {}) != set(names):
+            raise ValueError(
+                f"routing.end_weights: each route needs one, found {', '.join(routing.end_weights or {})}; "
+                f"routes: {', '.join(names)}"
+            )
+        if routing.by == "gap" and routing.floor * len(names) >= 1:
+            raise ValueError(
+                f"routing.floor: {routing.floor:g} leaves {len(names)} routes nothing to share; it must be below "
+                f"1/{len(names)}"
+            )
+        if routing.by == "gap" and "query" not in METHODS[self.method]:
+            raise ValueError(f"routing.by: 'gap' goes by the loss of velocity matching, which {self.method!r} has not")
+        if routing.adaptive and self.method == "diffusion_opd":
+            raise ValueError(
+                "routing.by: method 'diffusion_opd' holds every route's exact share in every update and needs "
+                f"'weighted' or 'uniform', found {routing.by!r}"
+            )
+        if routing.adaptive and self.rollout.mode == "streaming":
+            raise ValueError(
+                "routing.by: rollout.mode 'streaming' gives each route its share of the pool for good and needs "
+                f"'weighted' or 'uniform', found {routing.by!r}"
+            )
 
     def _check_streaming(self) -> None:
         if self.rollout.mode == "fresh":

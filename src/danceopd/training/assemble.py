@@ -20,6 +20,7 @@ from danceopd.data.examples import Bucket
 from danceopd.distill.method import Method
 from danceopd.distill.objective import OBJECTIVES
 from danceopd.distill.query import BANDS, QueryBand
+from danceopd.distill.routers import CurriculumRouter, GapRouter, Router, UniformRouter, WeightedRouter
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import GridFor
 from danceopd.distill.step import DanceOPD
@@ -247,7 +248,8 @@ def _method(
     recipe: Recipe, routes: list[Route], grid: GridFor, fields: dict[str, VelocityField], device: torch.device
 ) -> Method:
     common: dict[str, Any] = {"routes": routes, "grid": grid, "device": device}
-    routing: dict[str, Any] = {"per": recipe.routing.per, "stratified": recipe.routing.stratified}
+    part = recipe.routing
+    routing: dict[str, Any] = {"per": part.per, "stratified": part.stratified, "router": _router(recipe)}
     if recipe.method == "joint":
         return JointTraining(**common, **routing, **recipe.joint.model_dump())
     if recipe.method == "diffusion_opd":
@@ -273,6 +275,17 @@ def _method(
             raise RecipeError(f"rollout: {error}") from error
     # off_policy differs in its states alone; weight_merge makes no update.
     return DanceOPD(**common, **routing, **matching, states=query.states)
+
+
+def _router(recipe: Recipe) -> Router:
+    part = recipe.routing
+    if part.by == "uniform":
+        return UniformRouter()
+    if part.by == "gap":
+        return GapRouter(floor=part.floor, power=part.power, decay=part.decay, reweight=part.reweight)
+    if part.end_weights is not None and part.end_step is not None:
+        return CurriculumRouter([part.end_weights[route.name or route.field] for route in recipe.routes], part.end_step)
+    return WeightedRouter()
 
 
 def autocast(device: torch.device, precision: str):

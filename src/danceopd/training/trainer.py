@@ -154,6 +154,7 @@ class Trainer:
             group["lr"] = rate
         cosine_due = part.gradient_cosine_steps and (self.step + 1) % part.gradient_cosine_steps == 0
         cosines: dict[tuple[str, str], float] = {}
+        shares = zip(method.routes, method.shares.tolist(), strict=True) if method.router.adaptive else ()
         with self._autocast():
             results = method.update(
                 self.assembly.student.model,
@@ -177,6 +178,7 @@ class Trainer:
         self.step += 1
         for result in results:
             self.calls += result.calls
+        metrics |= {f"share/{route.name}": share for route, share in shares}
         metrics |= {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()}
         metrics |= {"learning_rate": rate, "gradient_norm": norm}
         metrics |= {f"calls/{name}": count for name, count in asdict(self.calls).items()}
