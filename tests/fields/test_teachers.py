@@ -126,7 +126,7 @@ def test_a_large_file_is_read_once_for_its_hash_until_it_changes(tmp_path, monke
     os.utime(path, (1, 1))
     link.symlink_to(path)
     first, reads, original = file_hash(path), [], type(path).open
-    monkeypatch.setattr(type(path), "open", lambda self, *args: reads.append(self) or original(self, *args))
+    monkeypatch.setattr(type(path), "open", lambda self, *a, **k: reads.append(self) or original(self, *a, **k))
     assert file_hash(path) == file_hash(link) == first
     assert reads == []
     path.write_bytes(b"abd")
