@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from danceopd.recipe import RecipeError
-from danceopd.runs import check, train
+from danceopd.plan import check
+from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
 from danceopd.training.run_folder import RunFolder
