@@ -183,6 +183,15 @@ def test_a_manifest_that_is_there_is_used_and_says_whether_it_holds_edits(tmp_pa
     assert "edits.jsonl (1 inputs, edits) at 1024 x 1024" in found.routes[0]
 
 
+def test_a_manifest_that_is_not_there_holds_what_the_task_says():
+    nowhere = "routes.1.data={manifest: nowhere.jsonl}"
+    found, said = check(load_recipe(FOLDER / "kontext_t2i_edit.yaml", [nowhere]))
+    assert "2 edits of random pictures" in said[-1]
+    assert "nowhere.jsonl (2 inputs, edits)" in found.routes[1]
+    found, _ = check(load_recipe(FOLDER / "kontext_t2i_edit.yaml", [nowhere, "routes.1.task=null"]))
+    assert "nowhere.jsonl (2 inputs, text to image)" in found.routes[1]
+
+
 def test_a_field_of_another_family_has_the_students_vae(tmp_path):
     field = "fields.realism={base: org/dev@main, family: flux}"
     recipe, tiny = on_stand_ins(tmp_path, field)

@@ -157,7 +157,7 @@ def test_misspelt_options_and_equal_names_are_refused():
         method(route, per="batch")
     with pytest.raises(ValueError, match="different names, found one, one"):
         method(route, route)
-    with pytest.raises(ValueError, match="positive weights"):
+    with pytest.raises(ValueError, match="at least one route is needed"):
         method()
     with pytest.raises(ValueError, match="found 'KL'"):
         VelocityMSE("KL")

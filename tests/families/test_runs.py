@@ -230,8 +230,8 @@ def test_a_routes_negative_prompt_guidance_and_weight_are_what_it_teaches_with(t
         other = base.velocity(z, sigma, family.empty(condition, ""))
         assert float((taught[-1] - other - alpha * (conditional - other)).abs().max()) > 1e-3
     assert float((taught[0] - taught[1]).abs().max()) > 1e-3
-    assert method.router.shares.tolist() == [0.75, 0.25]
-    drawn = method.router.draw(4000, generator)
+    assert method.shares.tolist() == [0.75, 0.25]
+    drawn = method.draw_routes(4000, generator)
     assert float((drawn == 0).float().mean()) == pytest.approx(0.75, abs=0.03)
 
 

@@ -100,7 +100,7 @@ def test_loras_over_one_checkpoint_share_one_copy_of_it(tiny, checkpoint):
     )
     assert torch.equal(velocity(assembly.base.velocity, family), velocity(ShapesFamily().model, family))
     sentence = plan(assembly).routes[0]
-    assert f"taught by lora shapes:realism over checkpoint {checkpoint}" in sentence
+    assert f"taught by lora shapes:realism x 0.5 over checkpoint {checkpoint}" in sentence
     assert set(assembly.hashes) >= {"shapes:base", "shapes:edit", "shapes:realism", "shapes:global", str(checkpoint)}
 
 

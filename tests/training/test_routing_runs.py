@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from danceopd.recipe import RecipeError
 from danceopd.plan import check
+from danceopd.recipe import RecipeError
 from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state

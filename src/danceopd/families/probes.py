@@ -8,7 +8,7 @@ from torch import Tensor
 from danceopd.distill.solver import VelocityFunction
 from danceopd.families.family import Family
 
-PROMPTS = ("", "a red circle beside a blue square")
+PROMPTS = ("", "a red circle and a blue square")
 SIGMAS = (0.9, 0.4)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from danceopd.data.rows import read_table
 from danceopd.families.pipeline_folder import INDEX, read_index
 from danceopd.families.registry import family_class, is_over_a_pipeline
-from danceopd.recipe import DataPart, FieldPart, Recipe, RecipeError
+from danceopd.recipe import FieldPart, Recipe, RecipeError, RoutePart
 
 if TYPE_CHECKING:
     from danceopd.tiny.stand_ins import StandIns
@@ -42,7 +42,7 @@ def tiny_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     from danceopd.tiny.stand_ins import StandIns  # needs the extra
 
     made = StandIns(folder)
-    edits = [_holds_edits(route.data) for route in recipe.routes]
+    edits = [_holds_edits(route) for route in recipe.routes]
     pipeline = _pipeline_class(recipe.family, recipe.base, edits=any(edits))
     base = made.base(recipe.base, pipeline)
     fields = {}
@@ -119,15 +119,16 @@ def _pipeline_class(family: str, reference: str, *, edits: bool) -> str:
     return editors[0] if edits and editors else next(name for name in names if name not in editors)
 
 
-def _holds_edits(part: DataPart) -> bool:
-    """Whether a route's data has source images, as far as can be known: a manifest that is not there has those that
-    its ``columns`` name."""
+def _holds_edits(route: RoutePart) -> bool:
+    """Whether a route's data has source images, as far as can be known: of a manifest that is not there, its
+    ``columns`` or the route's ``task`` say so."""
+    part = route.data
     if part.manifest is None:
         return part.pack == "edit"
     path = Path(part.manifest)
-    if part.columns is not None or not path.is_file():
-        return "source" in (part.columns or {})
-    return "source" in read_table(path).columns
+    if part.columns is not None:
+        return "source" in part.columns
+    return "source" in read_table(path).columns if path.is_file() else route.task == "edit"
 
 
 def _sizes(recipe: Recipe) -> list[tuple[int, int] | None]:

@@ -41,12 +41,11 @@ class Student:
         self.model: nn.Module
         if part.lora is None:
             self.model = family.load_model(checkpoint)
-            network = self.model.get_submodule("network")
+            self.network = self.model.get_submodule("network").float()
             if start is not None:
-                merge_lora(network, start)
-            self.network = network
-            network.float().requires_grad_(True)
-            self.parameters: dict[str, nn.Parameter] = dict(network.named_parameters())
+                merge_lora(self.network, start)
+            self.network.requires_grad_(True)
+            self.parameters: dict[str, nn.Parameter] = dict(self.network.named_parameters())
             return
         self.network = family.network
         if self.start is not None:
