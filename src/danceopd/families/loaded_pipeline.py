@@ -153,10 +153,14 @@ class LoadedPipeline:
                 )
         self.latent_shape(*images[0].shape[1:])
         vae = self.pipeline.vae
-        # Pipelines' image processors leave images channels-last, and convolutions round by the memory's layout.
-        pixels = torch.stack(list(images)).contiguous(memory_format=torch.channels_last)
+
+        def encoded(image: Tensor) -> Tensor:
+            # One by one and channels-last, as pipelines do: convolutions round by the batch and the memory's layout.
+            pixels = torch.stack([image]).contiguous(memory_format=torch.channels_last)
+            return vae.encode(pixels.to(self.encoder_device, vae.dtype)).latent_dist.mode()
+
         with torch.autocast(self.device.type, enabled=False):
-            latents = vae.encode(pixels.to(self.encoder_device, vae.dtype)).latent_dist.mode()
+            latents = torch.cat([encoded(image) for image in images])
         return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).float().to(self.device)
 
     @torch.no_grad()
