@@ -7,14 +7,15 @@ from danceopd.training.assemble import assemble
 
 
 def test_each_storage_is_counted_once_and_weights_not_at_all():
-    weight = torch.zeros(6, 5, requires_grad=True)
-    counted = Activations([weight])
+    first, second = torch.zeros(6, 5, requires_grad=True), torch.zeros(4, 6, requires_grad=True)
+    counted = Activations([first, second])
     with counted.counted():
         x = torch.ones(7, 5)
-        y = x @ weight.T  # keeps x for the weight's gradient
-        counted.end_pass((y * y).sum())  # keeps y, twice
-        counted.end_pass((torch.ones(2, 5) @ weight.T).sum())  # a smaller pass
-    assert counted.peak == 4 * (7 * 5 + 7 * 6)
+        y = x @ first.T  # keeps x, for the weight's gradient
+        z = (y * y) @ second.T  # keeps y, twice; then the square and the weight
+        counted.end_pass(z.sum())
+        counted.end_pass((torch.ones(2, 5) @ first.T).sum())  # a smaller pass
+    assert counted.peak == 4 * (7 * 5 + 7 * 6 + 7 * 6)
 
 
 def test_check_predicts_what_an_update_keeps(tiny):

@@ -84,7 +84,9 @@ def test_a_run_is_the_same_however_its_folder_is_written(tiny, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     train(tiny("output=run"))
     train(tiny("output=./run", "train.steps=8"), resume=True)
-    train(tiny(f"output={tmp_path / 'run'}", "train.steps=8"), resume=True)
+    folder = train(tiny(f"output={tmp_path / 'run'}", "train.steps=9"), resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [line["step"] for line in folder.metrics()] == list(range(1, 10))
 
 
 def test_damaged_checkpoints_are_refused_by_name(tiny):
