@@ -1,4 +1,4 @@
-"""The command line: parsing and printing only; the work is in ``runs``."""
+"""The command line: parsing only; the work is in ``runs``, what is printed in ``printing``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.suite import SuiteError
@@ -18,6 +17,7 @@ from danceopd.data.images import ImageError
 from danceopd.data.rows import ManifestError
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import CheckpointError
+from danceopd.printing import console, print_plan, print_scores, print_stand_ins, print_tiny_run
 from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
@@ -62,7 +62,6 @@ app = typer.Typer(
 )
 world_app = typer.Typer(no_args_is_help=True, help="The embedded Shapes world.")
 app.add_typer(world_app, name="world")
-console = Console()
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 Tiny = Annotated[
@@ -86,7 +85,7 @@ def quickstart(
     overrides = [f"output={json.dumps(str(out))}", f"train.seed={seed}", f"evaluate.seed={seed}"]
     recipe = load_recipe(Path(__file__).parent / "quickstart.yaml", overrides)
     folder, report = run(recipe)
-    _print_scores(report)
+    print_scores(report)
     console.print(f"total {report['seconds']['total']:.0f} s; open {folder.report_file} in a browser")
 
 
@@ -100,36 +99,14 @@ def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -
         from danceopd.tiny.runs import check as run_tiny
 
         plan, stand_ins = run_tiny(loaded)
-        _print_stand_ins(stand_ins)
+        print_stand_ins(stand_ins)
     else:
         plan = run(loaded)
-    for sentence in plan.routes:
-        console.print(f"[bold]route[/] {sentence}", highlight=False)
-    console.print(f"[bold]student[/] {plan.student}", highlight=False)
-    total = plan.rollout_calls + plan.field_calls + 3 * plan.train_calls
-    console.print(
-        f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "
-        f"{plan.train_calls:.0f} trained states = {total:.0f} forward-equivalents; "
-        f"{loaded.train.steps} updates = {total * loaded.train.steps + plan.calls_once:.3g}"
-        + (f", {plan.calls_once:.0f} of them once, to fill the pool" if plan.calls_once else ""),
-        highlight=False,
-    )
-    console.print(
-        f"{plan.trained_parameters:,} trained parameters; weights, gradients and optimiser {plan.megabytes:.0f} MiB, "
-        + _activations(plan.activation_megabytes)
-        + (" (of the tiny stand-ins)" if tiny else ""),
-        highlight=False,
-    )
+    print_plan(plan, loaded.train.steps, tiny=tiny)
     if tiny:
         console.print(f"[green]{recipe} works on tiny stand-ins[/]; its own files were not looked at")
         return
     console.print(f"[green]{recipe} is ready to train[/]")
-
-
-def _activations(megabytes: float | None) -> str:
-    if megabytes is None:
-        return "activations (checkpointed, not counted) beside them"
-    return f"activations of a micro-batch {megabytes:.0f} MiB"
 
 
 @app.command()
@@ -149,7 +126,9 @@ def train(
     if tiny:
         if resume:
             raise RecipeError("--tiny and --resume: a tiny run is over in two updates; leave one of them out")
-        _train_tiny(loaded)
+        from danceopd.tiny.runs import train as run_tiny
+
+        print_tiny_run(run_tiny(loaded))
         return
     folder = run(loaded, resume=resume)
     console.print(f"trained; next: danceopd evaluate {folder.path}")
@@ -183,7 +162,7 @@ def evaluate(
     recipe = folder.read_recipe()
     part = evaluate_part(recipe.evaluate.model_dump() | {k: v for k, v in given.items() if v is not None})
     if recipe.family in SCORERS:
-        _print_scores(run(folder, part))
+        print_scores(run(folder, part))
         return
     if scenes_per_task is not None:
         raise RecipeError(f"--scenes-per-task: family {recipe.family!r} has no scores, and no scenes of its own")
@@ -348,44 +327,8 @@ def world_evaluate(
 
     asked = {"scenes_per_task": scenes_per_task, "guidance_scale": guidance_scale, "seed": seed}
     report = evaluate_world(evaluate_part({**asked, "num_inference_steps": num_inference_steps}), out, weights)
-    _print_scores(report)
+    print_scores(report)
     console.print("on its own tasks: " + ", ".join(f"{name} {score:.3f}" for name, score in report["own"].items()))
-
-
-def _train_tiny(recipe: Recipe) -> None:
-    from danceopd.tiny.runs import train as run
-
-    done = run(recipe)
-    _print_stand_ins(done.stand_ins)
-    for number, losses in enumerate(done.losses, start=1):
-        told = ", ".join(f"{route} {loss:.3g}" for route, loss in losses.items())
-        console.print(f"update {number}: loss of {told}", highlight=False, markup=False)
-    console.print(
-        f"trained {len(done.losses)} updates in {done.folder.path} and exported the student to {done.export}; "
-        f"reloaded, it differs by at most {done.difference:.1e}",
-        highlight=False,
-        markup=False,
-    )
-
-
-def _print_stand_ins(sentences: list[str]) -> None:
-    for sentence in sentences:
-        console.print(f"stand-in for {sentence}", highlight=False, markup=False)
-
-
-def _print_scores(report: dict) -> None:
-    table = Table(title=f"{report['scenes_per_task']} scenes per task, 95 % intervals")
-    table.add_column("model")
-    capabilities = list(next(iter(report["models"].values())))
-    for capability in capabilities:
-        table.add_column(capability, justify="right")
-    for model, scores in report["models"].items():
-        cells = []
-        for capability in capabilities:
-            low, high = report["intervals"][model][capability]["overall"]
-            cells.append(f"{scores[capability]['overall']:.3f} ({low:.2f}-{high:.2f})")
-        table.add_row(model, *cells)
-    console.print(table)
 
 
 def main() -> None:

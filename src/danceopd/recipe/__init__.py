@@ -9,8 +9,11 @@ from danceopd.recipe.file import (
     read_yaml,
     with_absolute_files,
 )
-from danceopd.recipe.parts import MAX_SEED, METHODS, DataPart, EvaluatePart, FieldPart, RoutePart, TrainPart
+from danceopd.recipe.part import MAX_SEED
 from danceopd.recipe.recipe import IDLE, Recipe
+from danceopd.recipe.sources import DataPart, FieldPart, RoutePart
+from danceopd.recipe.teaching import METHODS
+from danceopd.recipe.training import EvaluatePart, TrainPart
 from danceopd.recipe.wording import RecipeError
 
 __all__ = [

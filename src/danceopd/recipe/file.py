@@ -10,8 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from danceopd.fields.hub import parse_hub_reference
-from danceopd.recipe.parts import EvaluatePart, RoutePart
 from danceopd.recipe.recipe import Recipe
+from danceopd.recipe.sources import RoutePart
+from danceopd.recipe.training import EvaluatePart
 from danceopd.recipe.wording import RecipeError, explain
 
 Validated = TypeVar("Validated", bound=BaseModel)

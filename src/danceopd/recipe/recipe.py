@@ -8,22 +8,18 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from danceopd.distill.objective import OBJECTIVES
-from danceopd.recipe.parts import (
+from danceopd.recipe.part import Part, Resolution
+from danceopd.recipe.sources import FieldPart, RoutePart, StudentPart
+from danceopd.recipe.teaching import (
     METHODS,
     DiffusionOPDPart,
-    EvaluatePart,
-    FieldPart,
     FlowOPDPart,
     JointPart,
-    Part,
     QueryPart,
-    Resolution,
     RolloutPart,
-    RoutePart,
     RoutingPart,
-    StudentPart,
-    TrainPart,
 )
+from danceopd.recipe.training import EvaluatePart, TrainPart
 from danceopd.recipe.wording import nearest
 
 RESERVED_NAMES = ("student", "student_start")

@@ -86,7 +86,7 @@ STAGES = (
         start="first",
         sigma_center=1.0,
     ),
-    Stage(name="edit", tasks=LOCAL_EDITS_OFTENER, steps=3600, learning_rate=1e-3, replay=0.3),
+    Stage(name="edit", tasks=LOCAL_EDITS_OFTENER, steps=7200, learning_rate=1e-3, replay=0.25),
     Stage(name="local", tasks=LOCAL_EDITS, steps=3000, learning_rate=1e-3, replay=0.1),
     Stage(name="global", tasks=GLOBAL_EDITS, steps=500, learning_rate=1e-3, replay=0.1),
     Stage(name="realism", tasks=T2I_TASKS, steps=300, learning_rate=5e-4, style="shaded"),
