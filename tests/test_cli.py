@@ -9,7 +9,6 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import danceopd
 from danceopd.cli import USER_ERRORS, app
 from danceopd.data.images import read_image_file
 from danceopd.families.shapes import WEIGHTS
@@ -19,7 +18,7 @@ from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
 from danceopd.runs import evaluate, train
 
-QUICKSTART = Path(danceopd.__file__).parent / "quickstart.yaml"
+TWO_EXPERTS = Path(__file__).parent / "two_experts.yaml"
 
 
 def run(*arguments):
@@ -38,7 +37,7 @@ def test_the_commands_are_these():
 
 
 def test_check_says_the_plan():
-    result = run("check", QUICKSTART, "--set", "train.batch_size=4")
+    result = run("check", TWO_EXPERTS, "--set", "train.batch_size=4")
     assert result.returncode == 0, result.stderr
     assert "t2i: 75% of samples, taught by base" in result.stdout
     assert "forward-equivalents" in result.stdout
@@ -47,11 +46,11 @@ def test_check_says_the_plan():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["check", QUICKSTART, "--set", "train.stepz=4"], "did you mean 'steps'"),
+        (["check", TWO_EXPERTS, "--set", "train.stepz=4"], "did you mean 'steps'"),
         (["check", "nothing.yaml"], "recipe not found"),
-        (["check", QUICKSTART, "--set", "fields.edit.lora=missing.safetensors"], "weight file not found"),
-        (["check", QUICKSTART, "--set", "routes.0.data={manifest: none.jsonl}"], "manifest not found"),
-        (["check", QUICKSTART, "--set", "train=[1,"], "not valid YAML"),
+        (["check", TWO_EXPERTS, "--set", "fields.edit.lora=missing.safetensors"], "weight file not found"),
+        (["check", TWO_EXPERTS, "--set", "routes.0.data={manifest: none.jsonl}"], "manifest not found"),
+        (["check", TWO_EXPERTS, "--set", "train=[1,"], "not valid YAML"),
         (["report", "not-a-run"], "not a run folder"),
         (["world", "evaluate", "--guidance-scale", "inf"], "guidance_scale"),
         (["evaluate", "not-a-run"], "not a run folder"),
@@ -78,7 +77,7 @@ def test_the_schema_documents_every_key():
 
 def test_a_report_is_one_self_contained_page(tmp_path):
     settings = ["train.steps=2", "train.batch_size=4", "evaluate.scenes_per_task=2", "evaluate.num_inference_steps=2"]
-    folder = train(load_recipe(QUICKSTART, [*settings, f"output={tmp_path / 'run'}"]))
+    folder = train(load_recipe(TWO_EXPERTS, [*settings, f"output={tmp_path / 'run'}"]))
     evaluate(folder)
     page = write_report(folder).read_text()
     assert "http://" not in page

@@ -8,12 +8,13 @@ import danceopd
 from danceopd.recipe import RecipeError, dump_recipe, load_recipe, parse_recipe
 
 PACKAGE = Path(danceopd.__file__).parent
+TWO_EXPERTS = Path(__file__).parent / "two_experts.yaml"
 RECIPES = [PACKAGE / "quickstart.yaml", *sorted((PACKAGE.parent.parent / "recipes").glob("*.yaml"))]
 
 
 @pytest.fixture
 def content():
-    return yaml.safe_load((PACKAGE / "quickstart.yaml").read_text())
+    return yaml.safe_load(TWO_EXPERTS.read_text())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -98,7 +99,7 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
 )
 def test_mistakes_are_found_and_named(override, message):
     with pytest.raises(RecipeError, match=message):
-        load_recipe(PACKAGE / "quickstart.yaml", [override])
+        load_recipe(TWO_EXPERTS, [override])
 
 
 def test_a_missing_key_and_a_missing_or_broken_file_are_named(content, tmp_path):
@@ -123,13 +124,13 @@ def test_a_missing_key_and_a_missing_or_broken_file_are_named(content, tmp_path)
 
 
 def test_overrides_reach_into_lists_and_new_parts():
-    recipe = load_recipe(PACKAGE / "quickstart.yaml", ["routes.1.weight=3", "train.steps=7", "query.over=sigma"])
+    recipe = load_recipe(TWO_EXPERTS, ["routes.1.weight=3", "train.steps=7", "query.over=sigma"])
     assert (recipe.routes[1].weight, recipe.train.steps, recipe.query.over) == (3.0, 7, "sigma")
 
 
 def test_a_resolution_is_a_side_or_a_height_and_a_width():
     overrides = ["resolution=512", "routes.0.resolution=[768, 1024]"]
-    recipe = load_recipe(PACKAGE / "quickstart.yaml", overrides)
+    recipe = load_recipe(TWO_EXPERTS, overrides)
     assert (recipe.resolution, recipe.routes[0].resolution) == ((512, 512), (768, 1024))
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), where="resolved") == recipe
 
@@ -149,7 +150,7 @@ def test_a_routes_settings_that_its_field_or_method_cannot_use_are_refused(conte
 
 
 def test_numbers_may_be_written_without_a_point():
-    assert load_recipe(PACKAGE / "quickstart.yaml", ["train.learning_rate=1e-3"]).train.learning_rate == 0.001
+    assert load_recipe(TWO_EXPERTS, ["train.learning_rate=1e-3"]).train.learning_rate == 0.001
 
 
 def test_weight_files_are_relative_to_the_recipe_too(tmp_path, content):

@@ -69,6 +69,9 @@ Tiny = Annotated[
     typer.Option("--tiny", help="On a tiny random pipeline in the place of the real files: no download, no GPU."),
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, as named by the recipe's output.", show_default=False)]
+Jobs = Annotated[
+    int, typer.Option(min=1, help="Runs at a time, each with its share of the cores; on a CPU, as many as cores.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a recipe key: --set train.steps=400. Repeatable.")
 ]
@@ -104,9 +107,11 @@ def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -
         plan = run(loaded)
     print_plan(plan, loaded.train.steps, tiny=tiny)
     if tiny:
-        console.print(f"[green]{recipe} works on tiny stand-ins[/]; its own files were not looked at")
+        console.print(f"{recipe} works on tiny stand-ins; its own files were not looked at", style="green")
         return
-    console.print(f"[green]{recipe} is ready to train[/]")
+    console.print(f"{recipe} is ready to train", style="green")
+    if RunFolder(Path(loaded.output)).trained():
+        console.print(f"{loaded.output} already holds a run: train it with --resume, or choose another output")
 
 
 @app.command()
@@ -168,13 +173,11 @@ def evaluate(
         raise RecipeError(f"--scenes-per-task: family {recipe.family!r} has no scores, and no scenes of its own")
     path, columns, prompts = compare_pictures(folder, part)
     for number, prompt in enumerate(prompts, start=1):
-        console.print(f"row {number}: {prompt}", highlight=False, markup=False)
-    console.print(f"columns: {' | '.join(columns)}; wrote {path}", highlight=False, markup=False)
+        console.print(f"row {number}: {prompt}")
+    console.print(f"columns: {' | '.join(columns)}; wrote {path}")
     console.print(
         f"no scores: they exist for {', '.join(SCORERS)} only; for {recipe.family}, draw a benchmark's prompts with "
         f"danceopd sample {folder.path} and hand the images to its own scorer",
-        highlight=False,
-        markup=False,
     )
 
 
@@ -187,7 +190,7 @@ def report(run_folder: RunPath) -> None:
 
     folder = RunFolder(run_folder)
     scorer(folder.read_recipe().family)
-    console.print(f"wrote {write_report(folder)} and {write_overview(folder)}", highlight=False)
+    console.print(f"wrote {write_report(folder)} and {write_overview(folder)}")
 
 
 @app.command()
@@ -220,7 +223,7 @@ def sample(
         out=out,
         size=None if height is None or width is None else (height, width),
     ):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}")
 
 
 @app.command()
@@ -243,7 +246,7 @@ def export(
     if out is None:
         out = Path("student" if is_over_a_pipeline(folder.read_recipe().family) else "student.safetensors")
     difference = run(folder, out, form=None if form is None else form.value, base_id=base_id)
-    console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}", highlight=False)
+    console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}")
 
 
 @app.command()
@@ -253,12 +256,13 @@ def compare(
     only: Annotated[list[str] | None, typer.Option(help="Methods to run; all by default. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of runs and results; runs/compare by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in that folder.")] = False,
+    jobs: Jobs = 1,
 ) -> None:
     """Run a suite of methods on equal terms and write comparison.json, .md and .html."""
     from danceopd.comparison.compare import compare as run
 
-    folder = run(suite, seeds=seeds, only=only, out=out, resume=resume)
-    console.print((folder / "comparison.md").read_text(encoding="utf-8"), highlight=False, markup=False)
+    folder = run(suite, seeds=seeds, only=only, out=out, resume=resume, jobs=jobs)
+    console.print((folder / "comparison.md").read_text(encoding="utf-8"))
     console.print(f"open {folder / 'comparison.html'} in a browser")
 
 
@@ -267,11 +271,12 @@ def search(
     suite: Annotated[Path, typer.Argument(help="Suite file (YAML) with a search.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Folder of the trials; runs/search/SUITE by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in that folder.")] = False,
+    jobs: Jobs = 1,
 ) -> None:
     """Choose every method's settings in a suite by the same number of trials, and write SUITE.search.json beside it."""
     from danceopd.comparison.compare import search as run
 
-    console.print(f"wrote {run(suite, out=out, resume=resume)}", highlight=False)
+    console.print(f"wrote {run(suite, out=out, resume=resume, jobs=jobs)}")
 
 
 @app.command()
@@ -283,7 +288,7 @@ def pages(
     from danceopd.comparison.compare import write_pages
 
     for file in comparison:
-        console.print(f"wrote {write_pages(file, out)}", highlight=False)
+        console.print(f"wrote {write_pages(file, out)}")
 
 
 @app.command()
@@ -307,7 +312,7 @@ def world_build(
 
     keep_freed_memory()
     out = out or Path("build/world-quick" if quick else "build/world")
-    build(out, seed=seed, stages=cut() if quick else STAGES, report=lambda line: console.print(line, highlight=False))
+    build(out, seed=seed, stages=cut() if quick else STAGES, report=console.print)
     console.print(f"all sources are in {out}")
 
 

@@ -42,7 +42,8 @@ def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
     sentences = [_route_sentence(assembly, recipe, index, share) for index, share in enumerate(shares)]
     calls = method.expected_calls()
     trained = sum(parameter.numel() for parameter in assembly.student.parameters.values())
-    # Trained weights carry a gradient, two Adam moments and an average, all float32.
+    # Trained weights carry a gradient, the optimiser's moments and an average, all float32.
+    moments = 1 if recipe.train.optimizer == "muon" else 2
     return Plan(
         tuple(sentences),
         _student_sentence(assembly, recipe),
@@ -51,7 +52,7 @@ def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
         batch * calls.train,
         calls.once,
         trained,
-        (_weight_bytes(assembly) + trained * 16) / 2**20,
+        (_weight_bytes(assembly) + trained * 4 * (2 + moments)) / 2**20,
     )
 
 

@@ -6,32 +6,31 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from danceopd.plan import Plan
     from danceopd.tiny.runs import TinyRun
 
-console = Console()
+console = Console(markup=False, highlight=False)
 
 
 def print_plan(plan: Plan, updates: int, *, tiny: bool) -> None:
     """What a recipe will do, its network calls and its memory."""
     for sentence in plan.routes:
-        console.print(f"[bold]route[/] {sentence}", highlight=False)
-    console.print(f"[bold]student[/] {plan.student}", highlight=False)
+        console.print(Text.assemble(("route ", "bold"), sentence))
+    console.print(Text.assemble(("student ", "bold"), plan.student))
     total = plan.rollout_calls + plan.field_calls + 3 * plan.train_calls
     console.print(
         f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "
         f"{plan.train_calls:.0f} trained states = {total:.0f} forward-equivalents; "
         f"{updates} updates = {total * updates + plan.calls_once:.3g}"
         + (f", {plan.calls_once:.0f} of them once, to fill the pool" if plan.calls_once else ""),
-        highlight=False,
     )
     console.print(
         f"{plan.trained_parameters:,} trained parameters; weights, gradients and optimiser {plan.megabytes:.0f} MiB, "
         + _activations(plan.activation_megabytes)
         + (" (of the tiny stand-ins)" if tiny else ""),
-        highlight=False,
     )
 
 
@@ -46,19 +45,17 @@ def print_tiny_run(done: TinyRun) -> None:
     print_stand_ins(done.stand_ins)
     for number, losses in enumerate(done.losses, start=1):
         told = ", ".join(f"{route} {loss:.3g}" for route, loss in losses.items())
-        console.print(f"update {number}: loss of {told}", highlight=False, markup=False)
+        console.print(f"update {number}: loss of {told}")
     console.print(
         f"trained {len(done.losses)} updates in {done.folder.path} and exported the student to {done.export}; "
         f"reloaded, it differs by at most {done.difference:.1e}",
-        highlight=False,
-        markup=False,
     )
 
 
 def print_stand_ins(sentences: list[str]) -> None:
     """What stands in the place of a recipe's own files."""
     for sentence in sentences:
-        console.print(f"stand-in for {sentence}", highlight=False, markup=False)
+        console.print(f"stand-in for {sentence}")
 
 
 def print_scores(report: dict) -> None:

@@ -20,7 +20,7 @@ from danceopd.recipe import EvaluatePart, Recipe, RecipeError, parse_recipe
 from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
 from danceopd.training.assemble import assemble, autocast, load_models
-from danceopd.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint_state
+from danceopd.training.checkpoint import latest_checkpoint, load_checkpoint_state
 from danceopd.training.hardware import keep_freed_memory, pick_device, resolve_precision
 from danceopd.training.models import model_source, model_velocities
 from danceopd.training.run_folder import RunFolder
@@ -39,7 +39,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> RunFolder:
     folder = RunFolder(Path(recipe.output))
     device = pick_device()
     with folder.owned():
-        if checkpoints(folder.checkpoints):
+        if folder.trained():
             if not resume:
                 raise RecipeError(
                     f"{folder.path} already holds a run; continue it with --resume, or choose another output "
@@ -74,7 +74,7 @@ def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:
         ]
         raise RecipeError(
             f"{folder.path} holds a run of another recipe (differing in {', '.join(changed)}); only train.steps and "
-            "evaluate may change on --resume"
+            "evaluate may change when it goes on. Choose another output (--set output=DIR; quickstart: --out DIR)"
         )
     if asked.train.steps != recorded.train.steps and asked.train.lr_scheduler != "constant":
         raise RecipeError(

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-import danceopd
 from danceopd.recipe import load_recipe
 
+TWO_EXPERTS = Path(__file__).parent.parent / "two_experts.yaml"
 TINY = [
     "routes.0.weight=1",
     "query.per_rollout=1",
@@ -24,10 +24,9 @@ TINY = [
 
 @pytest.fixture
 def tiny(tmp_path):
-    """The quickstart recipe, cut to seconds; more overrides may follow."""
+    """The tests' recipe of two experts, cut to seconds; more overrides may follow."""
 
     def load(*overrides: str):
-        path = Path(danceopd.__file__).parent / "quickstart.yaml"
-        return load_recipe(path, [*TINY, f"output={tmp_path / 'run'}", *overrides])
+        return load_recipe(TWO_EXPERTS, [*TINY, f"output={tmp_path / 'run'}", *overrides])
 
     return load

@@ -22,6 +22,16 @@ from danceopd.training.run_folder import RunFolder, RunFolderBusy
 from danceopd.training.trainer import Interrupted, Trainer
 
 
+@pytest.mark.parametrize("routes", ["routing.per=sample", "routing={per: step, stratified: false}"])
+def test_a_weight_that_no_gradient_has_reached_has_no_optimiser_state_to_restore(tiny, tmp_path, routes):
+    one_route = ["routes=[{field: t2i, data: {generator: shapes/t2i}}]", routes]  # the mark of a source is never used
+    full = ["student.lora=null", "train.learning_rate=1e-4", *one_route]
+    whole = train(tiny(f"output={tmp_path / 'whole'}", *full))
+    cut = train(tiny(f"output={tmp_path / 'cut'}", *full, "train.steps=3"))
+    train(tiny(f"output={tmp_path / 'cut'}", *full), resume=True)
+    assert_same_run(whole, cut)
+
+
 @pytest.mark.parametrize("student", ["lora", "full"])
 def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, student):
     extra = ["student.lora=null", "train.learning_rate=1e-4"] if student == "full" else []

@@ -249,13 +249,15 @@ def test_gradient_cosines_are_logged_on_request(tiny):
 
 def test_evaluation_reproduces_itself_and_damaged_weights_score_lower(tiny):
     folder = train(tiny("student.init=base", "evaluate.scenes_per_task=8", "evaluate.num_inference_steps=8"))
-    first, again = evaluate(folder), evaluate(folder)
+    first = evaluate(folder)
+    folder.evaluation_file.unlink()
+    again = evaluate(folder)
     assert first["models"] == again["models"]
     assert set(first["models"]) == {"base", "edit", "student"}
     assembly, _ = load_run(folder, device=CPU)
     assert set(model_velocities(assembly)) == set(first["models"])
-    for name, capability in (("base", "t2i"), ("edit", "edit")):  # unseen scenes: within the intervals of both
-        unseen = evaluate(folder, folder.read_recipe().evaluate.model_copy(update={"seed": 5}))
+    unseen = evaluate(folder, folder.read_recipe().evaluate.model_copy(update={"seed": 5}))
+    for name, capability in (("base", "t2i"), ("edit", "edit"), ("student", "t2i"), ("student", "edit")):
         spans = [report["intervals"][name][capability]["overall"] for report in (first, unseen)]
         assert max(low for low, _ in spans) <= min(high for _, high in spans)
     path = checkpoints(folder.checkpoints)[-1] / "ema.safetensors"

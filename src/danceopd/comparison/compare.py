@@ -26,10 +26,12 @@ def compare(
     only: list[str] | None = None,
     out: Path | None = None,
     resume: bool = False,
+    jobs: int = 1,
 ) -> Path:
     """Run a suite and write ``comparison.json``, ``.md`` and ``.html`` into OUT/SUITE; returns that folder.
 
     out: ``runs/compare`` by default. Its ``trained`` holds the runs, which suites with equal recipes share.
+    jobs: runs at a time.
 
     Raises:
         SuiteError, ComparisonError: see ``load_suite`` and ``run_suite``; also if that folder holds a comparison and
@@ -47,7 +49,7 @@ def compare(
         raise ComparisonError(f"seed {spent[0]} chose the settings of suite {suite.name!r} and cannot be reported")
     out = out or Path("runs/compare")
     folder = _folder(out / suite.name, resume)
-    results = run_suite(suite, out / "trained", only=only, report=_say)
+    results = run_suite(suite, out / "trained", only=only, jobs=jobs, report=_say)
     summary = summarise(suite, results)
     write_text(folder / "comparison.json", json.dumps(summary, indent=1) + "\n")
     write_text(folder / "comparison.md", markdown(summary))
@@ -55,9 +57,9 @@ def compare(
     return folder
 
 
-def search(path: Path, *, out: Path | None = None, resume: bool = False) -> Path:
+def search(path: Path, *, out: Path | None = None, resume: bool = False, jobs: int = 1) -> Path:
     """Search each method's settings as the suite declares; returns the file written beside it."""
-    return run_search(path, _folder(out or Path("runs/search") / path.stem, resume), report=_say)
+    return run_search(path, _folder(out or Path("runs/search") / path.stem, resume), jobs=jobs, report=_say)
 
 
 def write_pages(json_file: Path, folder: Path) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from danceopd.comparison.measures import MEASURES, measured
+from danceopd.comparison.parallel import in_parallel
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.suite import Suite, digest, updates_within
 from danceopd.evaluation.scorers import scorer
@@ -26,14 +28,19 @@ class ComparisonError(RuntimeError):
     """A comparison cannot go on; the message names the folder and the way out."""
 
 
-def run_suite(suite: Suite, root: Path, *, only: list[str] | None = None, report: Report = print) -> Results:
+def run_suite(
+    suite: Suite, root: Path, *, only: list[str] | None = None, jobs: int = 1, report: Report = print
+) -> Results:
     """Train and measure whatever is not there yet; a killed comparison goes on where it stopped.
+
+    jobs: runs at a time, each in a process of its own; 1 stays in this one.
 
     Raises:
         RecipeError: if the suite's family has no scorer.
         ComparisonError: if ``only`` names an unknown method, the suite's search was made with other sources, or a
             cached run cannot serve.
         CheckpointFailure: if a cached run's sources changed.
+        Interrupted: on SIGINT or SIGTERM.
     """
     scorer(suite.recipes[suite.reference].family)
     unknown = [name for name in only or () if name not in suite.recipes]
@@ -44,21 +51,43 @@ def run_suite(suite: Suite, root: Path, *, only: list[str] | None = None, report
     if suite.searched is not None and any(a.hashes != suite.searched.hashes for a in assembled.values()):
         raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
     views = {name: comparison_updates(suite, name, assembled[name]) for name in methods}
-    points: dict[str, dict[int, list[Point]]] = {}
-    for method in methods:
-        further = suite.points if suite.recipes[method].train.steps else ()
-        points[method] = {count: [] for count in sorted({*views[method].values(), *further})}
-    for seed in suite.seeds:
-        for method in methods:
-            for updates, found in points[method].items():
-                names = [
-                    name
-                    for name in measured(suite)
-                    if MEASURES[name].take is not None
-                    and (MEASURES[name].everywhere or updates == views[method]["updates"])
-                ]
-                found.append(_point(suite, method, seed, updates, root, names, assembled[method].hashes, report))
+    hashes = {name: assembly.hashes for name, assembly in assembled.items()}
+    work = partial(_run_points, suite, views, hashes, root)
+    runs = [(method, seed) for seed in suite.seeds for method in methods]
+    if jobs > 1:
+        in_parallel(partial(_finish, work), runs, jobs, report)  # its points are files, which are read below
+    points: dict[str, dict[int, list[Point]]] = {method: {} for method in methods}
+    for method, seed in runs:
+        for updates, point in work((method, seed), report).items():
+            points[method].setdefault(updates, []).append(point)
     return Results(points, views, _sources(suite, root, report))
+
+
+def _finish(work: Callable[[tuple[str, int], Report], dict[int, Point]], run: tuple[str, int]) -> str:
+    work(run, print)
+    return f"{run[0]}, seed {run[1]}: done"
+
+
+def _run_points(
+    suite: Suite,
+    views: dict[str, dict[str, int]],
+    hashes: dict[str, dict[str, str]],
+    root: Path,
+    run: tuple[str, int],
+    report: Report,
+) -> dict[int, Point]:
+    """Every point of one method and seed, by its updates."""
+    method, seed = run
+    further = suite.points if suite.recipes[method].train.steps else ()
+    points = {}
+    for updates in sorted({*views[method].values(), *further}):
+        names = [
+            name
+            for name in measured(suite)
+            if MEASURES[name].take is not None and (MEASURES[name].everywhere or updates == views[method]["updates"])
+        ]
+        points[updates] = _point(suite, method, seed, updates, root, names, hashes[method], report)
+    return points
 
 
 def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[str, int]:

@@ -26,7 +26,7 @@ from danceopd.training.assemble import assemble
 from danceopd.training.hardware import pick_device
 
 
-def search(path: Path, root: Path, *, report: Report = print) -> Path:
+def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> Path:
     """Run every trial that ``root`` does not hold yet, choose, and write ``NAME.search.json`` beside the suite.
 
     Raises:
@@ -38,7 +38,7 @@ def search(path: Path, root: Path, *, report: Report = print) -> Path:
     suite = load_suite(path, with_search=False)
     trials = {method: _combinations(grid) for method, grid in content.search.grid.items()}
     searching = _trial_suite(path, content, content.search, suite, trials)
-    results = run_suite(searching, root, report=report)
+    results = run_suite(searching, root, jobs=jobs, report=report)
     best = {c: max(results.source(name, c).mean() for name in results.sources) for c in content.search.capabilities}
     methods = {}
     for method, tried in trials.items():

@@ -149,6 +149,8 @@ def load_method_state(path: Path) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Put a checkpoint's optimiser state back; hyperparameters stay those of the recipe.
 
+    A parameter that no gradient has reached yet has no state.
+
     Raises:
         CheckpointFailure: if the file is damaged or holds the state of other parameters.
     """
@@ -156,7 +158,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     needed: dict[str, tuple[int, ...]] = {}
     plain = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's wrapper
+    reached = {key.partition(".")[0] for key in tensors}
     for index, parameter in enumerate(parameters):
+        if str(index) not in reached:
+            continue
         if isinstance(plain, torch.optim.Muon):
             needed[f"{index}.momentum_buffer"] = tuple(parameter.shape)
         else:

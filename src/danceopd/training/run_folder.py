@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from danceopd.files import write_text
 from danceopd.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from danceopd.training.checkpoint import CheckpointFailure
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints
 
 
 class RunFolderBusy(RuntimeError):
@@ -53,6 +53,10 @@ class RunFolder:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+    def trained(self) -> bool:
+        """Whether a run was begun here and saved."""
+        return bool(checkpoints(self.checkpoints))
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_text(self.recipe_file, dump_recipe(recipe))

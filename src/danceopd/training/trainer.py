@@ -49,8 +49,11 @@ class Interrupted(RuntimeError):
     """A signal ended the run after a whole update, which was saved. ``exit_code`` is 128 + the signal's number."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(message, exit_code)  # both, so that it can be pickled on its way out of a process
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass

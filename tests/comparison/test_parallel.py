@@ -1,0 +1,99 @@
+"""Several runs of a suite at a time: the same results, and no process is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_compare import without_seconds
+from tiny_suites import TINY, write
+
+from danceopd.comparison.compare import compare, read_comparison
+from danceopd.comparison.parallel import in_parallel
+from danceopd.comparison.runner import ComparisonError
+
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from danceopd.cli import main; main()"]
+
+
+def doubled(item):
+    if item == 3:
+        raise ComparisonError("three")
+    return f"{item} on {torch.get_num_threads()}"
+
+
+def test_each_process_has_its_share_of_the_threads_and_all_is_reported():
+    before, lines = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        in_parallel(doubled, [1, 2], 2, lines.append)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(line.split(" (")[0] for line in lines) == ["1 on 2", "2 on 2"]
+    assert lines[-1].endswith("(2 of 2)")
+
+
+def test_the_first_error_ends_all():
+    with pytest.raises(ComparisonError, match="three"):
+        in_parallel(doubled, [3, 4], 2, print)
+
+
+def test_two_jobs_find_what_one_finds(tmp_path):
+    path = write(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one, two = (compare(path, out=tmp_path / f"{jobs}", jobs=jobs) / "comparison.json" for jobs in (1, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert without_seconds(read_comparison(one)) == without_seconds(read_comparison(two))
+
+
+def descendants(pid):
+    """Processes whose parent is ``pid``, and theirs."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found, wave = [], [pid]
+    while wave:
+        wave = [child for child, parent in parents.items() if parent in wave]
+        found += wave
+    return found
+
+
+def begin(tmp_path, out):
+    recipe = TINY["recipe"] | {"train": TINY["recipe"]["train"] | {"checkpointing_steps": 1}}
+    path = write(
+        tmp_path, compute=None, updates=400, recipe=recipe, methods={"danceopd": {}, "joint": {"method": "joint"}}
+    )
+    command = [*COMMAND, "compare", str(path), "--jobs", "2", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.rglob("checkpoints/*/state.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_comparison_leaves_no_process_and_whole_checkpoints(tmp_path, number, code):
+    process = begin(tmp_path, tmp_path / "out")
+    children = descendants(process.pid)
+    assert len(children) >= 2
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    if number != signal.SIGKILL:
+        assert "--resume" in err
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if os.path.exists(f"/proc/{child}")]
+    assert all((file.parent / "student.safetensors").exists() for file in tmp_path.rglob("state.json"))
