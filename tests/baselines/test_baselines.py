@@ -15,7 +15,7 @@ from danceopd.baselines.off_policy import off_policy
 from danceopd.baselines.soft_mixing import soft_mixing
 from danceopd.distill.objective import OBJECTIVES
 from danceopd.distill.sde import sde_step
-from danceopd.fields.adapters import Lora
+from danceopd.fields.lora import Lora
 
 GRID = d.shifted_grid(steps=4, shift=2.0)
 
@@ -178,7 +178,7 @@ def test_diffusion_opd_weights_the_true_steps_of_the_grid(rng):
         v = student(z, here, torch.zeros(5, 2)).detach()
         expected += size**2 / 2 * float(((v - field.velocity(z, here)) ** 2).mean())
         z = z + size * v
-    assert float(result.loss) == pytest.approx(expected, rel=1e-5)
+    assert result.loss.item() == pytest.approx(expected, rel=1e-5)
     assert (result.calls.rollout, result.calls.field, result.calls.train) == (0, 20, 20)
 
 

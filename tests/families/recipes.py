@@ -11,7 +11,8 @@ import yaml
 from tiny_pipelines import Case
 
 from danceopd.data.images import write_image_file
-from danceopd.fields.adapters import AdapterBackbone, Lora
+from danceopd.fields.adapters import AdapterBackbone
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import save_lora
 
 PROMPTS = ["a red circle", "a small blue square beside a green star"]

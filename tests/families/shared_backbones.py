@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from danceopd.fields.adapters import AdapterBackbone, Lora
+from danceopd.fields.adapters import AdapterBackbone
+from danceopd.fields.lora import Lora
 
 PROMPTS = ["a red circle", "a small blue square beside a green star"]
 RANK, ALPHA = 4, 6.0

@@ -12,7 +12,8 @@ from danceopd.baselines.joint import JointTraining
 from danceopd.baselines.merge import merged_loras
 from danceopd.baselines.off_policy import off_policy
 from danceopd.baselines.soft_mixing import soft_mixing
-from danceopd.fields.adapters import AdapterField, AdapterModel, Lora
+from danceopd.fields.adapters import AdapterField, AdapterModel
+from danceopd.fields.lora import Lora
 
 # Flow-OPD's other two losses are surrogates: their gradients mean something, their values do not.
 BASELINES = {

@@ -9,7 +9,8 @@ from tiny_pipelines import CASES
 
 from danceopd.families.lora_files import read_lora
 from danceopd.families.pipeline_folder import weight_file
-from danceopd.fields.adapters import AdapterBackbone, AdapterModel, Lora
+from danceopd.fields.adapters import AdapterBackbone, AdapterModel
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import CheckpointError, read_safetensors, save_lora
 from danceopd.tiny.pipelines import flux_pipeline, z_image_pipeline
 

@@ -12,7 +12,8 @@ import danceopd as d
 from danceopd.distill.solver import integrate
 from danceopd.families.card import ModelCard
 from danceopd.families.export import FILE, export_lora, export_merged, export_peft
-from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel, Lora
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import CheckpointError, file_hash, merge_lora
 
 

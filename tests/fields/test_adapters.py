@@ -8,7 +8,8 @@ from closed_forms import TinyNet
 from torch import nn
 
 import danceopd as d
-from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch, AdapterModel, Lora, combined
+from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch, AdapterModel
+from danceopd.fields.lora import Lora, combined
 from danceopd.fields.teachers import merge_lora
 
 TARGETS = ("fc_in", "fc_out")

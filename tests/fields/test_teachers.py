@@ -7,7 +7,7 @@ import torch
 from closed_forms import TinyNet
 from safetensors.torch import save_file
 
-from danceopd.fields.adapters import Lora
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import (
     CheckpointError,
     file_hash,

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from storage import held
 
 from danceopd.families.shapes import WEIGHTS, ShapesFamily, ShapesModel
-from danceopd.fields.adapters import AdapterMismatch, Lora
+from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.hub import Located
+from danceopd.fields.lora import Lora
 from danceopd.fields.offload import OffloadedField
 from danceopd.fields.teachers import CheckpointError, load_lora, merge_lora, save_lora, source_hash
 from danceopd.plan import plan

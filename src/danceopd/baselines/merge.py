@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from danceopd.fields.adapters import Lora, combined
+from danceopd.fields.lora import Lora, combined
 
 
 def merged_loras(sources: Sequence[tuple[Lora | None, float]]) -> Lora:

@@ -19,7 +19,8 @@ from danceopd.families.card import Exported, ModelCard
 from danceopd.families.loaded_pipeline import LoadedPipeline
 from danceopd.families.pipeline import PipelineFamily
 from danceopd.families.probes import Probes
-from danceopd.fields.adapters import Lora, exact_targets
+from danceopd.fields.adapters import exact_targets
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import PEFT_FILE, PEFT_PREFIX, CheckpointError, file_hash
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -17,7 +17,7 @@ from danceopd.data.buckets import Buckets
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid
 from danceopd.families.latents import LatentSpace
-from danceopd.fields.adapters import Lora
+from danceopd.fields.lora import Lora
 from danceopd.states import Condition, Samples
 
 

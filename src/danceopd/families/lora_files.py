@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from danceopd.fields.adapters import Lora
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import (
     PEFT_PREFIX,
     CheckpointError,

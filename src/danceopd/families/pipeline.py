@@ -23,8 +23,8 @@ from danceopd.families.loaded_pipeline import LoadedPipeline
 from danceopd.families.lora_files import read_lora
 from danceopd.families.pipeline_folder import weight_file
 from danceopd.families.pipeline_grid import scheduler_grid
-from danceopd.fields.adapters import Lora
 from danceopd.fields.guidance import linear_guidance
+from danceopd.fields.lora import Lora
 from danceopd.states import Condition, Samples, select, to_device
 
 ConditionType = TypeVar("ConditionType", bound=Condition)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from danceopd.data.examples import Example, ExampleSource
 from danceopd.distill.schedule import Grid, shifted_grid
 from danceopd.families.latents import LatentSpace
-from danceopd.fields.adapters import Lora
 from danceopd.fields.guidance import linear_guidance
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint, load_lora, read_metadata
 from danceopd.states import Condition, Samples, select
 from danceopd.world.generator import GeneratedExamples

@@ -15,7 +15,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,23 +23,11 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from danceopd.fields.lora import Lora
+
 
 class AdapterMismatch(ValueError):
     """A LoRA does not fit the backbone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """A LoRA as read from a file: PEFT keys ``MODULE.lora_A.weight`` [r, in], ``MODULE.lora_B.weight`` [out, r]."""
-
-    rank: int
-    alpha: float
-    weights: dict[str, Tensor]
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names of the modules it adapts."""
-        return tuple(sorted({name.rsplit(".lora_", 1)[0] for name in self.weights}))
 
 
 class AdapterBackbone:
@@ -320,24 +307,3 @@ def _place(start: Lora, scaling: float, key: str, parameter: Tensor) -> None:
         parameter[: weight.shape[0]] = weight
     else:
         parameter[:, : weight.shape[1]] = weight * (start.alpha / start.rank / scaling)
-
-
-def combined(parts: Sequence[tuple[Lora, float]]) -> Lora:
-    """One LoRA that equals the weighted sum of several: ranks concatenated, alpha = rank, all scales folded into B.
-
-    delta = sum_i w_i (alpha_i / r_i) B_i A_i.
-    """
-    rank = sum(lora.rank for lora, _ in parts)
-    weights: dict[str, Tensor] = {}
-    for target in sorted({target for lora, _ in parts for target in lora.targets}):
-        shapes = next(lora for lora, _ in parts if target in lora.targets).weights
-        like_a, like_b = shapes[f"{target}.lora_A.weight"], shapes[f"{target}.lora_B.weight"]
-        side_a, side_b = [], []
-        for lora, weight in parts:
-            a = lora.weights.get(f"{target}.lora_A.weight", like_a.new_zeros(lora.rank, like_a.shape[1]))
-            b = lora.weights.get(f"{target}.lora_B.weight", like_b.new_zeros(like_b.shape[0], lora.rank))
-            side_a.append(a.float())
-            side_b.append(b.float() * (weight * lora.alpha / lora.rank))
-        weights[f"{target}.lora_A.weight"] = torch.cat(side_a)
-        weights[f"{target}.lora_B.weight"] = torch.cat(side_b, dim=1)
-    return Lora(rank=rank, alpha=float(rank), weights=weights)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from danceopd.fields.adapters import Lora
+from danceopd.fields.lora import Lora
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 _SETTLED = 2_000_000_000

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from danceopd.data.images import write_image_file
 from danceopd.data.manifest import PACK_FOLDER
 from danceopd.data.rows import read_table
-from danceopd.fields.adapters import AdapterBackbone, Lora
+from danceopd.fields.adapters import AdapterBackbone
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import save_lora
 from danceopd.files import write_text
 from danceopd.recipe import DataPart

@@ -27,9 +27,10 @@ from danceopd.distill.step import DanceOPD
 from danceopd.distill.streaming import StreamingDanceOPD
 from danceopd.families.family import Family
 from danceopd.families.registry import load_family, takes
-from danceopd.fields.adapters import AdapterField, Lora
+from danceopd.fields.adapters import AdapterField
 from danceopd.fields.field import VelocityField
 from danceopd.fields.guidance import GuidedField
+from danceopd.fields.lora import Lora
 from danceopd.fields.mixture import MixtureField
 from danceopd.recipe import Recipe, RecipeError, RoutePart
 from danceopd.training.fields import FieldInput, FieldLoader, Sources, adapter_backbone

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from danceopd.families.family import Family
-from danceopd.fields.adapters import AdapterBackbone, AdapterModel, Lora, combined
+from danceopd.fields.adapters import AdapterBackbone, AdapterModel
+from danceopd.fields.lora import Lora, combined
 from danceopd.fields.teachers import merge_lora
 from danceopd.recipe import Recipe
 

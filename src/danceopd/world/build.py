@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from danceopd.fields.adapters import Lora
+from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import file_hash, read_metadata, recorded_targets
 from danceopd.world.generator import DATA_VERSION, SOURCE_TRAINING
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
