@@ -262,7 +262,7 @@ def compare(
     from danceopd.comparison.compare import compare as run
 
     folder = run(suite, seeds=seeds, only=only, out=out, resume=resume, jobs=jobs)
-    console.print((folder / "comparison.md").read_text(encoding="utf-8"))
+    console.print((folder / "comparison.md").read_text(encoding="utf-8"), soft_wrap=True)
     console.print(f"open {folder / 'comparison.html'} in a browser")
 
 

@@ -181,7 +181,11 @@ def synthetic():
     }
     for name, value in (("danceopd", 0.8), ("joint", 0.7)):
         spent = {"updates": 10, "compute": 1200.0, "seconds": 3.0}
-        found = {"overall": estimate(value), "tasks": {"subject-add": value}, "of_best_source": estimate(value / 0.9)}
+        found = {
+            "overall": estimate(value),
+            "tasks": {"subject-add": estimate(value)},
+            "of_best_source": estimate(value / 0.9),
+        }
         if name != "danceopd":
             found["minus_reference"] = estimate(value - 0.8) | {"detectable": 0.03}
         scores["views"]["updates"][name] = {**spent, "edit": found}

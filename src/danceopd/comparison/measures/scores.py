@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -98,17 +99,22 @@ def _entry(
     entry = _spent(results, method, updates)
     for capability in suite.capabilities:
         scores = results.scores(method, updates, capability)
-        tasks = dict(zip(GROUPS[capability][1], scores.mean(axis=(0, 2)).round(4).tolist(), strict=True))
         source = results.source(best[capability], capability)
         entry[capability] = {
             "overall": as_json(mean_over_seeds(scores, rng)),
-            "tasks": tasks,
+            "tasks": _tasks(scores, GROUPS[capability][1]),
             "of_best_source": as_json(paired_ratio(scores, source, rng)),
         }
         if suite.reference in results.views and method != suite.reference:
             theirs = results.scores(suite.reference, results.views[suite.reference][view], capability)
             entry[capability]["minus_reference"] = as_json(paired_difference(scores, theirs, rng))
     return entry
+
+
+def _tasks(scores: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Each task's own mean of scores [seeds, tasks, n], with its interval."""
+    rng = np.random.default_rng(0)
+    return {name: as_json(mean_over_seeds(scores[:, [index]], rng)) for index, name in enumerate(names)}
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
@@ -187,16 +193,26 @@ def _compute_plot(content: dict[str, Any]) -> str:
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
         for name, color in _method_colors(content).items():
             points = sorted(content["curve"][name], key=lambda point: point["compute"])
+            if points[-1]["compute"] == 0:  # a method without training has no place on a logarithmic axis
+                axes.axhline(points[0][capability]["value"], color=color, linestyle="--", label=name)
+                continue
             low, value, high = (np.array([point[capability][key] for point in points]) for key in _LOW_VALUE_HIGH)
-            compute = [max(point["compute"], 1.0) for point in points]
+            compute = [point["compute"] for point in points]
             spans = [value - low, high - value]
             axes.errorbar(compute, value, yerr=spans, marker="o", color=color, capsize=3, label=name)
         axes.set(xscale="log", xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
-    all_axes[0].legend(frameon=False, fontsize=8)
+    _legend(figure, all_axes[0])
     return figure_url(figure)
 
 
 _LOW_VALUE_HIGH = ("low", "value", "high")
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One legend for all axes, below them, where it hides nothing."""
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False
+    )
 
 
 def _plane_plot(content: dict[str, Any]) -> str:
@@ -209,9 +225,9 @@ def _plane_plot(content: dict[str, Any]) -> str:
     for name, color in _method_colors(content).items():
         x, y = (content["views"]["updates"][name][capability]["overall"] for capability in (first, second))
         spans = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (x, y)]
-        axes.errorbar(x["value"], y["value"], xerr=spans[0], yerr=spans[1], fmt="o", color=color, capsize=2)
-        axes.annotate(name, (x["value"], y["value"]), textcoords="offset points", xytext=(5, 5), color=color)
+        axes.errorbar(x["value"], y["value"], xerr=spans[0], yerr=spans[1], fmt="o", color=color, capsize=2, label=name)
     axes.set(xlabel=WORDS[first], ylabel=WORDS[second])
+    _legend(figure, axes)
     return figure_url(figure)
 
 
@@ -223,8 +239,10 @@ def _task_plot(content: dict[str, Any]) -> str:
         for index, (name, color) in enumerate(_method_colors(content).items()):
             tasks = methods[name][capability]["tasks"]
             places = np.arange(len(tasks)) + (index - len(methods) / 2 + 0.5) * width
-            axes.bar(places, list(tasks.values()), width, color=color, label=name)
-            axes.set_xticks(range(len(tasks)), list(tasks))
+            low, value, high = (np.array([task[key] for task in tasks.values()]) for key in _LOW_VALUE_HIGH)
+            axes.bar(places, value, width, yerr=[value - low, high - value], color=color, ecolor="#555", label=name)
+            axes.set_xticks(range(len(tasks)), list(tasks), fontsize=8)
         axes.set(ylabel="score", ylim=(0, 1), title=WORDS[capability])
-    all_axes[0].legend(frameon=False, fontsize=8, ncols=4)
+    figure.tight_layout()
+    _legend(figure, all_axes[0])
     return figure_url(figure)
