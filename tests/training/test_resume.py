@@ -118,6 +118,10 @@ def test_damaged_checkpoints_are_refused_by_name(tiny):
     save_file(moments, path / "optimizer.safetensors")
     with pytest.raises(CheckpointFailure, match=r"at '0.exp_avg': found nothing, needed \("):
         train(tiny("train.steps=8"), resume=True)
+    without = {key: value for key, value in moments.items() if not key.startswith("0.")}
+    save_file(without, path / "optimizer.safetensors")
+    with pytest.raises(CheckpointFailure, match=r"at '0\.exp_avg': found nothing, needed \("):
+        train(tiny("train.steps=8"), resume=True)
     (path / "optimizer.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointFailure, match=r"optimizer\.safetensors cannot be read"):
         train(tiny("train.steps=8"), resume=True)

@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+UNREACHED = "unreached"
+"""In ``optimizer.safetensors``, beside a parameter's index: no gradient had reached it, so it has no state."""
+
 
 class CheckpointFailure(RuntimeError):
     """A checkpoint could not be written or does not belong to this run."""
@@ -149,7 +152,8 @@ def load_method_state(path: Path) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Put a checkpoint's optimiser state back; hyperparameters stay those of the recipe.
 
-    A parameter that no gradient has reached yet has no state.
+    A parameter that no gradient had reached has no state, which the file says of it; a state that is merely missing is
+    damage.
 
     Raises:
         CheckpointFailure: if the file is damaged or holds the state of other parameters.
@@ -158,11 +162,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     needed: dict[str, tuple[int, ...]] = {}
     plain = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's wrapper
-    reached = {key.partition(".")[0] for key in tensors}
     for index, parameter in enumerate(parameters):
-        if str(index) not in reached:
-            continue
-        if isinstance(plain, torch.optim.Muon):
+        if f"{index}.{UNREACHED}" in tensors:
+            needed[f"{index}.{UNREACHED}"] = (0,)
+        elif isinstance(plain, torch.optim.Muon):
             needed[f"{index}.momentum_buffer"] = tuple(parameter.shape)
         else:
             needed |= {f"{index}.step": (), f"{index}.exp_avg": tuple(parameter.shape)}
@@ -172,17 +175,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
+        if name == UNREACHED:
+            continue
         state.setdefault(int(index), {})[name] = value
     content["state"] = state
     optimizer.load_state_dict(content)
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}.{name}": value
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
+    content = optimizer.state_dict()
+    tensors = {f"{index}.{name}": value for index, entry in content["state"].items() for name, value in entry.items()}
+    indices = [index for group in content["param_groups"] for index in group["params"]]
+    return tensors | {f"{index}.{UNREACHED}": torch.zeros(0) for index in indices if index not in content["state"]}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
