@@ -13,6 +13,8 @@ from danceopd.cli import USER_ERRORS, app
 from danceopd.data.images import read_image_file
 from danceopd.families.shapes import WEIGHTS
 from danceopd.fields.teachers import file_hash, load_lora, read_metadata, read_safetensors
+from danceopd.plan import Plan
+from danceopd.printing import print_plan
 from danceopd.recipe import load_recipe
 from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
@@ -41,6 +43,21 @@ def test_check_says_the_plan():
     assert result.returncode == 0, result.stderr
     assert "t2i: 75% of samples, taught by base" in result.stdout
     assert "forward-equivalents" in result.stdout
+    assert "already holds a run" not in result.stdout
+
+
+def test_check_names_an_output_that_holds_a_run(tmp_path):
+    settings = ["train.steps=1", "train.batch_size=4", f"output={tmp_path / 'run'}"]
+    train(load_recipe(TWO_EXPERTS, settings))
+    result = run("check", TWO_EXPERTS, *(word for setting in settings for word in ("--set", setting)))
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path / 'run'} already holds a run" in result.stdout.replace("\n", "")
+
+
+def test_words_of_a_recipe_are_printed_as_written(capsys):
+    route, student = "photo [bold]of[/bold] [/a] cat", "LoRA [1]"
+    print_plan(Plan((route,), student, 1, 1, 1, 0, 1, 1.0), 1, tiny=False)
+    assert capsys.readouterr().out.splitlines()[:2] == [f"route {route}", f"student {student}"]
 
 
 @pytest.mark.parametrize(

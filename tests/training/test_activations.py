@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from danceopd.plan import check
+from danceopd.plan import check, plan
 from danceopd.training.activations import Activations
 from danceopd.training.assemble import assemble
 
@@ -33,3 +33,9 @@ def test_check_predicts_what_an_update_keeps(tiny):
     predicted = check(recipe).activation_megabytes
     assert predicted == pytest.approx(counted.peak / 2**20, rel=0.01)
     assert predicted > 1
+
+
+def test_muon_keeps_one_moment_and_adamw_two(tiny):
+    plans = [plan(assemble(tiny(f"train.optimizer={name}"), device=torch.device("cpu"))) for name in ("muon", "adamw")]
+    (trained,) = {each.trained_parameters for each in plans}
+    assert plans[1].megabytes - plans[0].megabytes == pytest.approx(trained * 4 / 2**20)
