@@ -258,12 +258,12 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in that folder.")] = False,
     jobs: Jobs = 1,
 ) -> None:
-    """Run a suite of methods on equal terms and write comparison.json, .md and .html."""
+    """Run a suite of methods on equal terms and write comparison.json, .md and .html; of a part of it, part.json."""
     from danceopd.comparison.compare import compare as run
 
-    folder = run(suite, seeds=seeds, only=only, out=out, resume=resume, jobs=jobs)
-    console.print((folder / "comparison.md").read_text(encoding="utf-8"), soft_wrap=True)
-    console.print(f"open {folder / 'comparison.html'} in a browser")
+    made = run(suite, seeds=seeds, only=only, out=out, resume=resume, jobs=jobs)
+    console.print(made.with_suffix(".md").read_text(encoding="utf-8"), soft_wrap=True)
+    console.print(f"open {made.with_suffix('.html')} in a browser")
 
 
 @app.command()

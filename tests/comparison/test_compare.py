@@ -42,11 +42,16 @@ def test_a_suite_is_compared_and_never_recomputed(tmp_path):
     path, out = write(tmp_path, points=[1, 2], claims=CLAIMS, paper=paper), tmp_path / "out"
     compare(path, out=out, only=["joint"])
     first = measured_files(out)
+    part = out / path.stem / "part.md"
+    assert "A part of the suite: without danceopd, merge." in part.read_text()
     assert len(first) == 3  # one run: a further point, equal updates (a point too) and equal compute
     with pytest.raises(ComparisonError, match="already holds a comparison; go on with --resume"):
         compare(path, out=out)
     compare(path, out=out, resume=True)
     assert all(file.stat().st_mtime_ns == time for file, time in first.items())
+    whole = (out / path.stem / "comparison.json").read_text()
+    compare(path, out=out, only=["joint"], resume=True)
+    assert (out / path.stem / "comparison.json").read_text() == whole  # a part replaces no whole
     summary = read_comparison(out / path.stem / "comparison.json")
     scores = summary["measures"]["scores"]
     updates = {
@@ -61,10 +66,10 @@ def test_a_suite_is_compared_and_never_recomputed(tmp_path):
     assert joint["compute"] == 108
     assert joint["t2i"]["minus_reference"]["low"] <= joint["t2i"]["minus_reference"]["value"]
     assert "minus_reference" not in scores["views"]["compute"]["danceopd"]["t2i"]
-    lead = summary["claims"][0]
-    assert lead["estimate"]["value"] == pytest.approx(
-        -scores["views"]["updates"]["joint"]["edit"]["minus_reference"]["value"]
-    )
+    assert summary["part"] is None
+    lead, behind = summary["claims"][0]["estimate"], scores["views"]["updates"]["joint"]["edit"]["minus_reference"]
+    mirrored = {"value": -behind["value"], "low": -behind["high"], "high": -behind["low"]}
+    assert lead == mirrored | {"detectable": behind["detectable"]}  # verdicts and tables say the same
     page = (out / path.stem / "comparison.html").read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 3
@@ -109,7 +114,7 @@ def test_suites_share_the_runs_of_equal_recipes(tmp_path, monkeypatch):
     compare(path, out=out)
     other = path.rename(tmp_path / "other.yaml")
     monkeypatch.setattr(Trainer, "update", lambda trainer: pytest.fail("trained again"))
-    assert compare(other, out=out) == out / "other"
+    assert compare(other, out=out) == out / "other" / "comparison.json"
     results = [read_comparison(out / name / "comparison.json") for name in ("tiny", "other")]
     assert results[0]["measures"] == results[1]["measures"]
 
@@ -165,7 +170,7 @@ def test_verdicts_follow_the_interval():
 
 
 def estimate(value, width=0.02):
-    return {"value": value, "low": value - width, "high": value + width}
+    return {"value": value, "low": value - width, "high": value + width, "detectable": 0.03}
 
 
 def synthetic():
@@ -187,7 +192,7 @@ def synthetic():
             "of_best_source": estimate(value / 0.9),
         }
         if name != "danceopd":
-            found["minus_reference"] = estimate(value - 0.8) | {"detectable": 0.03}
+            found["minus_reference"] = estimate(value - 0.8)
         scores["views"]["updates"][name] = {**spent, "edit": found}
         scores["curve"][name] = [{**spent, "edit": estimate(value)}]
     claims = [
@@ -207,6 +212,7 @@ def synthetic():
         "suite": "synthetic",
         "title": "Synthetic",
         "seeds": 2,
+        "part": "seeds 0 to 1 of 5",
         "scenes_per_task": 5,
         "searched": {"rule": "The best.", "updates": 5, "trials": 4, "chosen": {"danceopd": {"query.band": "mid"}}},
         "paper": "GEditBench",
@@ -226,6 +232,7 @@ def test_the_page_states_the_json_and_nothing_else(tmp_path):
         in text
     )
     assert "| not reproduced |" in text
+    assert "A part of the suite: seeds 0 to 1 of 5." in text
     assert "| inconclusive (detectable: 0.029) |" in text
     assert "| **danceopd** | 10 | 1,200 | 3 | 0.800 (0.78 to 0.82) | 0.89 (0.87 to 0.91) |  | 5.347 |" in text
     assert "| danceopd | query.band mid |" in text

@@ -28,10 +28,10 @@ def test_guidance_is_measured_of_a_student_that_is_the_base(tmp_path):
     )
     suite["recipe"]["fields"] = {"base": {"base": True}, "teacher": field}
     out = compare(write(tmp_path, suite), out=tmp_path / "out")
-    summary = read_comparison(out / "comparison.json")
+    summary = read_comparison(out)
     plain, guided = (summary["measures"]["guidance"]["methods"][name] for name in ("plain", "alpha_3"))
     assert (plain["alpha"], plain["prompt_dropout"]) == (1.0, 0.0)
-    assert plain["empty"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert plain["empty"] == {"value": 0.0, "low": 0.0, "high": 0.0, "detectable": 0.0}
     for scale in ("1", "2"):
         found = plain["scales"][scale]
         assert found["guidance"]["value"] == pytest.approx(float(scale), abs=1e-4)
@@ -44,10 +44,10 @@ def test_guidance_is_measured_of_a_student_that_is_the_base(tmp_path):
         guided["scales"]["1"]["score"] == summary["measures"]["scores"]["views"]["updates"]["alpha_3"]["t2i"]["overall"]
     )
     assert summary["claims"][0]["verdict"] == "reproduced"
-    text = (out / "comparison.md").read_text()
+    text = out.with_suffix(".md").read_text()
     assert "| plain | 0 | 2 | 2 | 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00) | 0.00 |" in text
     assert "editing" not in text  # and no edit was sampled
-    assert (out / "comparison.html").read_text().count("data:image/png;base64,") == 3
+    assert out.with_suffix(".html").read_text().count("data:image/png;base64,") == 3
 
 
 def refused(*arguments):
@@ -80,7 +80,7 @@ def test_realism_is_absorbed_without_a_call_of_its_reward(tmp_path, monkeypatch)
         with pytest.raises(AssertionError, match="reward was called"):
             compare(path, out=tmp_path / "out", resume=True)
     out = compare(path, out=tmp_path / "out", resume=True)
-    summary = read_comparison(out / "comparison.json")
+    summary = read_comparison(out)
     realism = summary["measures"]["realism"]
     assert set(realism["sources"]) == {"base", "teacher"}
     assert realism["sources"]["teacher"]["value"] > realism["sources"]["base"]["value"]
@@ -89,7 +89,7 @@ def test_realism_is_absorbed_without_a_call_of_its_reward(tmp_path, monkeypatch)
     base, teacher = (realism["sources"][name]["value"] for name in ("base", "teacher"))
     assert closed["value"] == pytest.approx((reward - base) / (teacher - base), abs=1e-3)
     assert summary["claims"][0]["verdict"] == "not reproduced"  # after two updates
-    assert "| danceopd |" in (out / "comparison.md").read_text().split("## Realism reward")[1]
+    assert "| danceopd |" in out.with_suffix(".md").read_text().split("## Realism reward")[1]
 
 
 def test_staleness_stands_beside_the_scores(tmp_path):
@@ -104,9 +104,9 @@ def test_staleness_stands_beside_the_scores(tmp_path):
         updates=4,
     )
     out = compare(write(tmp_path, suite), out=tmp_path / "out")
-    methods = read_comparison(out / "comparison.json")["measures"]["staleness"]["methods"]
+    methods = read_comparison(out)["measures"]["staleness"]["methods"]
     assert "staleness" not in methods["fresh"]
     assert methods["still"]["staleness"] < 1e-4 < methods["moving"]["staleness"]  # fresh weights leave nothing stale
     assert methods["moving"]["age"] > 0
-    text = (out / "comparison.md").read_text().split("## Staleness beside quality")[1]
+    text = out.with_suffix(".md").read_text().split("## Staleness beside quality")[1]
     assert f"| {methods['moving']['staleness']:.4f} |" in text

@@ -45,7 +45,7 @@ def test_two_jobs_find_what_one_finds(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one, two = (compare(path, out=tmp_path / f"{jobs}", jobs=jobs) / "comparison.json" for jobs in (1, 2))
+        one, two = (compare(path, out=tmp_path / f"{jobs}", jobs=jobs) for jobs in (1, 2))
     finally:
         torch.set_num_threads(before)
     assert without_seconds(read_comparison(one)) == without_seconds(read_comparison(two))

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from danceopd.comparison.results import Results
-from danceopd.comparison.statistics import as_json, detectable, paired_difference, paired_ratio
+from danceopd.comparison.statistics import Effect, as_json, paired_difference, paired_ratio
 from danceopd.comparison.suite import Suite, SuiteError
 from danceopd.comparison.suite_file import ClaimPart
 from danceopd.comparison.tables import WORDS, Table, percent, signed
-from danceopd.evaluation.statistics import Estimate
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 
@@ -30,30 +27,29 @@ def settle(suite: Suite, results: Results, measures: dict[str, Any]) -> list[dic
     Raises:
         SuiteError: if a claim's ``at`` leads to no value.
     """
-    rng = np.random.default_rng(0)
     settled = []
     for claim in suite.claims:
         if claim.measure is None:
-            settled.append(_lead(claim, results, rng))
+            settled.append(_lead(claim, results))
         else:
             settled.append(_value(claim, suite, measures))
     return settled
 
 
-def _lead(claim: ClaimPart, results: Results, rng: np.random.Generator) -> dict[str, Any]:
+def _lead(claim: ClaimPart, results: Results) -> dict[str, Any]:
     method, over, capability = str(claim.method), str(claim.over), str(claim.capability)
     text = f"{method} leads {over}: {WORDS[capability]}, {WORDS[claim.view]}"
     found: dict[str, Any] = {"text": text, "paper": claim.paper, "holds": "above 0", "kind": "difference"}
     if method not in results.views or over not in results.views:
         return found | {"estimate": None, "relative": None, "verdict": None}
     one, other = (results.scores(name, results.views[name][claim.view], capability) for name in (method, over))
-    difference = paired_difference(one, other, rng)
-    ratio = paired_ratio(one, other, rng)
-    relative = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+    difference = paired_difference(one, other)
+    ratio = paired_ratio(one, other)
+    relative = Effect(ratio.value - 1, ratio.low - 1, ratio.high - 1, ratio.detectable)
     return found | {
         "estimate": as_json(difference),
         "relative": as_json(relative),
-        "verdict": verdict(difference.estimate.low, difference.estimate.high, above=0.0),
+        "verdict": verdict(difference.low, difference.high, above=0.0),
     }
 
 
@@ -71,9 +67,8 @@ def _value(claim: ClaimPart, suite: Suite, measures: dict[str, Any]) -> dict[str
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None:
         return found | {"estimate": None, "relative": None, "verdict": None}
-    size = detectable(Estimate(estimate["value"], low, high))
     return found | {
-        "estimate": {key: estimate[key] for key in ("value", "low", "high")} | {"detectable": round(size, 4)},
+        "estimate": estimate,
         "relative": None,
         "verdict": verdict(low, high, above=above, below=below),
     }

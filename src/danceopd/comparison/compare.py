@@ -12,7 +12,7 @@ from rich.console import Console
 from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError, run_suite
 from danceopd.comparison.search import search as run_search
-from danceopd.comparison.suite import load_suite, search_path
+from danceopd.comparison.suite import Suite, load_suite, search_path
 from danceopd.comparison.summary import KIND, summarise
 from danceopd.files import write_text
 
@@ -28,7 +28,9 @@ def compare(
     resume: bool = False,
     jobs: int = 1,
 ) -> Path:
-    """Run a suite and write ``comparison.json``, ``.md`` and ``.html`` into OUT/SUITE; returns that folder.
+    """Run a suite and write ``comparison.json``, ``.md`` and ``.html`` into OUT/SUITE; returns the first.
+
+    A part of the suite, by ``seeds`` or ``only``, becomes ``part.json``, ``.md`` and ``.html``, which says so.
 
     out: ``runs/compare`` by default. Its ``trained`` holds the runs, which suites with equal recipes share.
     jobs: runs at a time.
@@ -42,6 +44,7 @@ def compare(
         raise ComparisonError(
             f"{path} declares a search and {search_path(path)} is not there; first: danceopd search {path}"
         )
+    part = _part(suite, seeds, only)
     if seeds is not None:
         suite = replace(suite, seeds=tuple(range(seeds)))
     spent = sorted(set(suite.seeds) & set(suite.search.seeds if suite.search is not None else ()))
@@ -50,11 +53,18 @@ def compare(
     out = out or Path("runs/compare")
     folder = _folder(out / suite.name, resume)
     results = run_suite(suite, out / "trained", only=only, jobs=jobs, report=_say)
-    summary = summarise(suite, results)
-    write_text(folder / "comparison.json", json.dumps(summary, indent=1) + "\n")
-    write_text(folder / "comparison.md", markdown(summary))
-    write_text(folder / "comparison.html", html(summary))
-    return folder
+    summary, stem = summarise(suite, results, part), "comparison" if part is None else "part"
+    write_text(folder / f"{stem}.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / f"{stem}.md", markdown(summary))
+    write_text(folder / f"{stem}.html", html(summary))
+    return folder / f"{stem}.json"
+
+
+def _part(suite: Suite, seeds: int | None, only: list[str] | None) -> str | None:
+    left_out = [name for name in suite.recipes if only is not None and name not in only]
+    words = [f"seeds 0 to {seeds - 1} of {len(suite.seeds)}"] if seeds is not None and seeds < len(suite.seeds) else []
+    words += [f"without {', '.join(left_out)}"] if left_out else []
+    return "; ".join(words) or None
 
 
 def search(path: Path, *, out: Path | None = None, resume: bool = False, jobs: int = 1) -> Path:

@@ -35,9 +35,11 @@ def _tables(summary: dict[str, Any]) -> list[Table]:
 
 def _lines(summary: dict[str, Any]) -> list[str]:
     lines = [
-        f"{summary['seeds']} seed(s), {summary['scenes_per_task']} scenes per task; mean (95 % interval, seeds and "
-        "scenes resampled)."
+        f"{summary['seeds']} seed(s), {summary['scenes_per_task']} scenes per task; mean (95 % interval "
+        + ("over seeds and scenes)." if summary["seeds"] > 1 else "over scenes; one seed says nothing of others).")
     ]
+    if summary["part"] is not None:
+        lines.append(f"A part of the suite: {summary['part']}.")
     if summary["paper"] is not None:
         lines.append(f"The paper's figures (arXiv 2606.27377), on other models and benchmarks: {summary['paper']}.")
     if summary["searched"] is None:

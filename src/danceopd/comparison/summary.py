@@ -13,8 +13,11 @@ KIND = "comparison"
 """What marks a JSON file as one that ``compare`` made."""
 
 
-def summarise(suite: Suite, results: Results) -> dict[str, Any]:
-    """Everything that the pages show: each measure's JSON, the verdicts, and where the settings come from."""
+def summarise(suite: Suite, results: Results, part: str | None) -> dict[str, Any]:
+    """Everything that the pages show: each measure's JSON, the verdicts, and where the settings come from.
+
+    part: what of the suite this is, in words; None for all of it.
+    """
     measures = {name: MEASURES[name].measure(suite, results) for name in measured(suite)}
     searched = None
     if suite.searched is not None:
@@ -29,6 +32,7 @@ def summarise(suite: Suite, results: Results) -> dict[str, Any]:
         "suite": suite.name,
         "title": suite.title,
         "seeds": len(suite.seeds),
+        "part": part,
         "scenes_per_task": suite.recipes[suite.reference].evaluate.scenes_per_task,
         "searched": searched,
         "paper": None if suite.paper is None else suite.paper.what,

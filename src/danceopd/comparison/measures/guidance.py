@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from danceopd.comparison.results import Point, Results
-from danceopd.comparison.statistics import as_json, mean_over_seeds, paired_difference, paired_ratio
+from danceopd.comparison.statistics import Effect, as_json, mean_over_seeds, paired_difference, paired_ratio
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.suite_file import GuidancePart
 from danceopd.comparison.tables import Plot, Table, number, score, signed
 from danceopd.evaluation.guidance import GuidanceSums, student_guidance, unexplained
 from danceopd.evaluation.shapes import scene_noise, score_model
-from danceopd.evaluation.statistics import Estimate
 from danceopd.report.page import COLORS, figure_url
 from danceopd.runs import model_velocities
 from danceopd.training.assemble import Assembly, autocast
@@ -79,13 +78,12 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
     """Per method: alpha, prompt dropout, the empty output's guidance, its teacher, and every external scale.
 
-    Prompts and seeds are resampled; ``over_product`` is g / (alpha beta) with its interval.
+    ``over_product`` is g / (alpha beta) with its interval.
     """
-    rng = np.random.default_rng(0)
-    return {"methods": {method: _method(suite, results, method, rng) for method in results.views}}
+    return {"methods": {method: _method(suite, results, method) for method in results.views}}
 
 
-def _method(suite: Suite, results: Results, method: str, rng: np.random.Generator) -> dict[str, Any]:
+def _method(suite: Suite, results: Results, method: str) -> dict[str, Any]:
     recipe, updates = suite.recipes[method], results.views[method]["updates"]
     field, steps = recipe.routes[0].field, recipe.evaluate.num_inference_steps
     alpha = recipe.fields[field].guidance_scale
@@ -94,7 +92,7 @@ def _method(suite: Suite, results: Results, method: str, rng: np.random.Generato
     entry: dict[str, Any] = {
         "alpha": alpha,
         "prompt_dropout": points[0].taken["guidance"]["prompt_dropout"],
-        "empty": as_json(_guidance(points, "0", 1.0, rng)),
+        "empty": as_json(_guidance(points, "0", 1.0)),
         "scales": {},
     }
     for scale in _part(suite).scales:
@@ -102,19 +100,19 @@ def _method(suite: Suite, results: Results, method: str, rng: np.random.Generato
         scores = plain if scale == 1.0 else np.stack([np.array(p.taken["guidance"]["scores"][key]) for p in points])
         entry["scales"][key] = {
             "product": round(alpha * scale, 4),
-            "guidance": as_json(_guidance(points, key, 1.0, rng)),
-            "over_product": as_json(_guidance(points, key, alpha * scale, rng)),
+            "guidance": as_json(_guidance(points, key, 1.0)),
+            "over_product": as_json(_guidance(points, key, alpha * scale)),
             "unexplained": round(unexplained(_sums(points, key)), 4),
-            "score": as_json(mean_over_seeds(scores, rng)),
+            "score": as_json(mean_over_seeds(scores)),
             "calls": steps * (1 if scale == 1.0 else 2),
         }
     if alpha != 1.0:
         teacher = results.source(field, "t2i")
         entry["teacher"] = {
             "name": field,
-            "score": as_json(mean_over_seeds(teacher[None], rng)),
+            "score": as_json(mean_over_seeds(teacher[None])),
             "calls": 2 * steps,
-            "student_minus_teacher": as_json(paired_difference(plain, teacher, rng)),
+            "student_minus_teacher": as_json(paired_difference(plain, teacher)),
         }
     return entry
 
@@ -125,10 +123,10 @@ def _sums(points: list[Point], scale: str) -> GuidanceSums:
     return GuidanceSums(*(np.stack([np.array(one[f.name]) for one in taken]) for f in fields(GuidanceSums)))
 
 
-def _guidance(points: list[Point], scale: str, unit: float, rng: np.random.Generator) -> Estimate:
+def _guidance(points: list[Point], scale: str, unit: float) -> Effect:
     """g / ``unit`` under an external scale."""
     sums = _sums(points, scale)
-    return paired_ratio(sums.along, unit * sums.square, rng)
+    return paired_ratio(sums.along, unit * sums.square)
 
 
 def tables(content: dict[str, Any]) -> list[Table]:

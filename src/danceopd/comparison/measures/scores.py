@@ -43,10 +43,8 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
     """Per view and method: overall scores with intervals, differences to the reference, ratios to the best source.
 
-    ``curve`` has every method's scores at all its points, ``runs`` each seed's task means. Everything is resampled
-    from one fixed seed, so that equal scores give equal figures.
+    ``curve`` has every method's scores at all its points, ``runs`` each seed's task means.
     """
-    rng = np.random.default_rng(0)
     best = {
         capability: max(results.sources, key=lambda name, c=capability: results.source(name, c).mean())
         for capability in suite.capabilities
@@ -56,7 +54,7 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
         "best_source": best,
         "paper": None if suite.paper is None else suite.paper.model_dump(),
         "sources": {
-            name: {c: as_json(mean_over_seeds(results.source(name, c)[None], rng)) for c in suite.capabilities}
+            name: {c: as_json(mean_over_seeds(results.source(name, c)[None])) for c in suite.capabilities}
             for name in results.sources
         },
         "views": {"updates": {}} | ({} if suite.compute is None else {"compute": {}}),
@@ -65,10 +63,10 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
     }
     for method, views in results.views.items():
         for view, updates in views.items():
-            content["views"][view][method] = _entry(results, suite, method, view, updates, best, rng)
+            content["views"][view][method] = _entry(results, suite, method, view, updates, best)
         content["curve"][method] = [
             _spent(results, method, updates)
-            | {c: as_json(mean_over_seeds(results.scores(method, updates, c), rng)) for c in suite.capabilities}
+            | {c: as_json(mean_over_seeds(results.scores(method, updates, c))) for c in suite.capabilities}
             for updates in results.points[method]
         ]
         content["runs"][method] = {
@@ -94,27 +92,25 @@ def _entry(
     view: str,
     updates: int,
     best: dict[str, str],
-    rng: np.random.Generator,
 ) -> dict[str, Any]:
     entry = _spent(results, method, updates)
     for capability in suite.capabilities:
         scores = results.scores(method, updates, capability)
         source = results.source(best[capability], capability)
         entry[capability] = {
-            "overall": as_json(mean_over_seeds(scores, rng)),
+            "overall": as_json(mean_over_seeds(scores)),
             "tasks": _tasks(scores, GROUPS[capability][1]),
-            "of_best_source": as_json(paired_ratio(scores, source, rng)),
+            "of_best_source": as_json(paired_ratio(scores, source)),
         }
         if suite.reference in results.views and method != suite.reference:
             theirs = results.scores(suite.reference, results.views[suite.reference][view], capability)
-            entry[capability]["minus_reference"] = as_json(paired_difference(scores, theirs, rng))
+            entry[capability]["minus_reference"] = as_json(paired_difference(scores, theirs))
     return entry
 
 
 def _tasks(scores: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Each task's own mean of scores [seeds, tasks, n], with its interval."""
-    rng = np.random.default_rng(0)
-    return {name: as_json(mean_over_seeds(scores[:, [index]], rng)) for index, name in enumerate(names)}
+    return {name: as_json(mean_over_seeds(scores[:, [index]])) for index, name in enumerate(names)}
 
 
 def tables(content: dict[str, Any]) -> list[Table]:

@@ -43,13 +43,12 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
 
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
     """Each method's score at equal updates, with the staleness that its runs saw; 0 for fresh rollouts."""
-    rng = np.random.default_rng(0)
     methods: dict[str, Any] = {}
     for method, views in results.views.items():
         points = results.points[method][views["updates"]]
         taken = [point.taken["staleness"] for point in points]
         entry: dict[str, Any] = {
-            capability: as_json(mean_over_seeds(results.scores(method, views["updates"], capability), rng))
+            capability: as_json(mean_over_seeds(results.scores(method, views["updates"], capability)))
             for capability in suite.capabilities
         }
         if all(taken):
