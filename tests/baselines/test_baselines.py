@@ -24,8 +24,8 @@ def inputs(count, generator, size=4):
     return d.Samples(condition=torch.zeros(count, 2), shape=(size,), target=torch.full((count, size), 0.5))
 
 
-def scalars(count, generator):
-    return d.Samples(condition=torch.zeros(count, 2), shape=(1,))
+def untargeted(size):
+    return lambda count, generator: d.Samples(condition=torch.zeros(count, 2), shape=(size,))
 
 
 class Chain(nn.Module):
@@ -66,10 +66,13 @@ def closed_form(student, *, through_states, cost):
     return torch.cat(torch.autograd.grad(total, [a, b]))
 
 
-def measured(gradient, repeats=40, **options):
-    """Mean gradient of the summed cost and its standard error, over independent batches."""
-    student = Chain()
-    method = FlowOPD(routes=[d.Route("linear", LinearField(), scalars)], grid=GRID, gradient=gradient, **options)
+def measured(gradient, size, repeats=40, **options):
+    """Mean gradient of the summed cost and its standard error, over independent batches of states of ``size`` elements.
+
+    All elements are alike, and costs are means over them: the gradient is the same for any size.
+    """
+    student, route = Chain(), d.Route("linear", LinearField(), untargeted(size))
+    method = FlowOPD(routes=[route], grid=GRID, gradient=gradient, **options)
     generator = torch.Generator().manual_seed(0)
     gradients = []
     for _ in range(repeats):
@@ -79,26 +82,32 @@ def measured(gradient, repeats=40, **options):
     return student, stacked.mean(0), stacked.std(0) / repeats**0.5
 
 
+SIZES = pytest.mark.parametrize("size", [1, 4])
+
+
 def assert_within(mean, error, exact):
     assert bool(((mean - exact).abs() < 4.5 * error + 1e-4).all()), (mean, exact, error)
     assert bool((error < 0.1 * exact.abs().max()).all())  # and the measurement can tell
 
 
-def test_pathwise_is_the_gradient_at_the_visited_states():
-    student, mean, error = measured("pathwise")
+@SIZES
+def test_pathwise_is_the_gradient_at_the_visited_states(size):
+    student, mean, error = measured("pathwise", size)
     assert_within(mean, error, closed_form(student, through_states=False, cost="reward"))
 
 
-def test_pathwise_and_reward_to_go_are_the_total_gradient():
-    student, mean, error = measured("total")
+@SIZES
+def test_pathwise_and_reward_to_go_are_the_total_gradient(size):
+    student, mean, error = measured("total", size)
     total = closed_form(student, through_states=True, cost="reward")
     assert_within(mean, error, total)
     partial = closed_form(student, through_states=False, cost="reward")
     assert float((total - partial).abs().max()) > 10 * float(error.max())  # the second term matters here
 
 
-def test_score_is_the_gradient_of_the_kl():
-    student, mean, error = measured("score", normalize=False, advantage_clip=1e9, group_size=4)
+@SIZES
+def test_score_is_the_gradient_of_the_kl(size):
+    student, mean, error = measured("score", size, normalize=False, advantage_clip=1e9, group_size=4)
     assert_within(mean, error, closed_form(student, through_states=False, cost="kl"))
 
 
@@ -133,6 +142,23 @@ def test_a_groups_samples_share_route_and_condition(rng):
     assert torch.equal(conditions[0], seen[0].repeat_interleave(4, dim=0))
 
 
+def test_groups_are_routed_whole_and_stratified_among_themselves():
+    """32 samples in groups of 4 are 8 groups, of which two equal routes have 4 each in every update."""
+    routes = [d.Route("one", GaussianField(0.5, 0.5), inputs), d.Route("two", GaussianField(-0.5, 0.5), inputs)]
+    method = FlowOPD(routes=routes, grid=GRID, group_size=4, stratified=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        drawn = method.draw_routes(32, generator).view(8, 4)
+        assert bool((drawn == drawn[:, :1]).all())
+        assert int(drawn[:, 0].sum()) == 4
+    parts = method.update(TinyNet(), batch_size=32, micro_batches=2, generator=generator)
+    assert sum(part.routes[name].samples for part in parts for name in part.routes) == 32
+    assert {name: sum(p.routes[name].samples for p in parts if name in p.routes) for name in ("one", "two")} == {
+        "one": 16,
+        "two": 16,
+    }
+
+
 def test_leave_one_out_advantages():
     reward = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
     torch.testing.assert_close(group_advantage(reward, 3, False), torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
@@ -150,9 +176,20 @@ def test_the_anchor_pulls_towards_its_field(rng):
     routes = [d.Route("self", d.ModelField(copy.deepcopy(student)), inputs)]
     free = FlowOPD(routes=routes, grid=GRID, group_size=2).step(student, batch_size=8, generator=rng)
     held = FlowOPD(routes=routes, grid=GRID, group_size=2, anchor=anchor, anchor_weight=0.5)
-    result = held.step(student, batch_size=8, generator=rng)
+    result = held.step(student, batch_size=8, generator=torch.Generator().manual_seed(5))
     assert float(free.loss.detach()) == 0.0
-    assert float(result.loss.detach()) > 0.0
+    generator, expected = torch.Generator().manual_seed(5), 0.0
+    held.draw_routes(8, generator)
+    noises = torch.randn(5, 8, 4, generator=generator)
+    z = noises[0]
+    for j in range(4):  # by hand: 0.5 KL to the anchor at every step of the student's SDE rollout
+        here, there = GRID.sigmas[j].expand(8), GRID.sigmas[j + 1].expand(8)
+        move = sde_step(here, there, held.eta)
+        mean = move.mean(z, student(z, here, torch.zeros(8, 2)).detach())
+        apart = mean - move.mean(z, anchor.velocity(z, here))
+        expected += 0.5 * float((apart**2).mean() / (2 * move.std[0] ** 2))
+        z = mean + move.std[:, None] * noises[j + 1]
+    assert result.loss.item() == pytest.approx(expected, rel=1e-5)
     assert result.calls.field == free.calls.field + 8 * 4
     with pytest.raises(ValueError, match="belong together"):
         FlowOPD(routes=routes, grid=GRID, anchor=anchor)
@@ -180,6 +217,30 @@ def test_diffusion_opd_weights_the_true_steps_of_the_grid(rng):
         z = z + size * v
     assert result.loss.item() == pytest.approx(expected, rel=1e-5)
     assert (result.calls.rollout, result.calls.field, result.calls.train) == (0, 20, 20)
+
+
+def test_diffusion_opd_weights_the_stochastic_steps_by_their_divergence(rng):
+    """By hand: the student's SDE rollout, and at every state the KL between the two Gaussians of that step."""
+    student, field = TinyNet(), GaussianField(0.7, 0.5)
+    method = DiffusionOPD(routes=[d.Route("one", field, inputs)], grid=GRID, form="sde", eta=0.6)
+    result = method.step(student, batch_size=5, generator=rng)
+    generator = torch.Generator().manual_seed(0)
+    method.draw_routes(5, generator)
+    z, expected = torch.randn(5, 4, generator=generator), 0.0
+    for j in range(4):
+        sigma, after = float(GRID.sigmas[j]), float(GRID.sigmas[j + 1])
+        inside = after if sigma == 1 else sigma
+        s, dt = 0.6 * (inside / (1 - inside)) ** 0.5, after - sigma
+        v, other = (
+            student(z, GRID.sigmas[j].expand(5), torch.zeros(5, 2)).detach(),
+            field.velocity(z, GRID.sigmas[j].expand(5)),
+        )
+        mean, aim = (
+            z * (1 + s**2 / (2 * sigma) * dt) + u * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt for u in (v, other)
+        )
+        expected += float(((mean - aim) ** 2).mean()) / (2 * s**2 * -dt)
+        z = mean + s * (-dt) ** 0.5 * torch.randn(5, 4, generator=generator)
+    assert result.loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_diffusion_opd_holds_every_route_in_every_update(rng):
@@ -236,7 +297,7 @@ def test_joint_training_finds_the_data(rng):
     assert float(student.bias.detach()) == pytest.approx(0.5, abs=0.01)  # the data's value, not the field's
     assert (result.calls.field, result.calls.rollout, result.calls.train) == (0, 0, 64)
     with pytest.raises(ValueError, match="data of route bare has none"):
-        JointTraining(routes=[d.Route("bare", GaussianField(0.0, 1.0), scalars)], grid=GRID).step(
+        JointTraining(routes=[d.Route("bare", GaussianField(0.0, 1.0), untargeted(1))], grid=GRID).step(
             student, batch_size=2, generator=rng
         )
 

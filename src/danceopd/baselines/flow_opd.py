@@ -4,7 +4,8 @@ The student's SDE sampler is the policy pi_S(z' | z) = N(mu_S, std^2), the route
 a step's cost is |dt| KL(pi_S || pi_T) = mean (mu_S - mu_T)^2 / (2 s^2). Three gradients of it are offered:
 
 ``pathwise`` (the default) differentiates the cost at each visited state, as the released code does. ``score`` is the
-policy gradient with reward log pi_T - log pi_S at the sampled z', whose expectation is -grad KL. ``total`` adds to
+policy gradient with reward log pi_T - log pi_S at the sampled z', whose expectation is -grad KL: the loss falls as the
+KL does. ``total`` adds to
 ``pathwise`` what each step does to the costs of the steps after it (reward-to-go times score): the whole gradient of
 the rollout's summed cost. What is NOT offered is the cost, detached, times the score of the same step: given z, the
 cost does not depend on z', so that product has expectation zero and teaches nothing.
@@ -34,13 +35,15 @@ class FlowOPD(Method):
     """Policy-gradient distillation along an SDE rollout.
 
     gradient: see the module. eta: the sampler's noise.
-    group_size: rollouts of one condition; ``score`` measures its rewards against the mean of the group's others.
+    group_size: rollouts of one condition, and so of one route; ``score`` measures its rewards against the mean of the
+        group's others. The other gradients make no use of it, and see more conditions with groups of 1.
     normalize: divide ``score``'s advantages by their deviation over the group (as GRPO does).
     advantage_clip: advantages are clipped to +- this. ratio_clip: PPO's clip of the probability ratio; every rollout
         serves one update, so the ratio is 1 when its gradient is taken.
     anchor, anchor_weight: a field that the student is held near: + weight * KL(pi_S || pi_anchor) at every step.
 
-    The update's loss is the sum over the N steps, mean over samples; log-probabilities are means over elements.
+    The update's loss is the sum over the N steps, mean over samples and elements. Normalised advantages multiply
+    log-probabilities that are means over elements.
 
     Raises:
         ValueError: for another gradient, or if the group or the anchor's weight does not fit.
@@ -66,6 +69,19 @@ class FlowOPD(Method):
                 f"an anchor field and a positive anchor_weight belong together, found weight {self.anchor_weight} "
                 f"and {'no field' if self.anchor is None else 'a field'}"
             )
+
+    def draw_routes(self, count: int, generator: torch.Generator) -> Tensor:
+        """A route for each group: int64 [count].
+
+        Raises:
+            ValueError: if ``count`` is not a multiple of the group size.
+        """
+        self._require_groups(count)
+        return super().draw_routes(count // self.group_size, generator).repeat_interleave(self.group_size)
+
+    def _require_groups(self, count: int) -> None:
+        if count % self.group_size:
+            raise ValueError(f"batch_size {count} is not a multiple of group_size {self.group_size}")
 
     def expected_calls(self) -> ExpectedCalls:
         twice = self.gradient == "total"
@@ -93,8 +109,7 @@ class FlowOPD(Method):
         Raises:
             ValueError: if ``batch_size`` is not a multiple of the group size.
         """
-        if batch_size % self.group_size:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of group_size {self.group_size}")
+        self._require_groups(batch_size)
         chosen = self.draw_routes(batch_size, generator) if routes is None else routes
         losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
@@ -121,7 +136,10 @@ class FlowOPD(Method):
         arrived = mean.detach() + per_sample(move.std, z) * noise
         if self.gradient == "score":
             reward = move.log_probability(arrived, aim) - move.log_probability(arrived, mean.detach())
-            advantage = group_advantage(reward, self.group_size, self.normalize)
+            # Reward and log-probability are means over elements; their product is short of a mean by the number.
+            advantage = group_advantage(
+                reward * (1 if self.normalize else z[0].numel()), self.group_size, self.normalize
+            )
             logp = move.log_probability(arrived, mean)
             loss = -clipped_surrogate(
                 logp, logp.detach(), advantage.clamp(-self.advantage_clip, self.advantage_clip), self.ratio_clip
