@@ -8,7 +8,8 @@ from danceopd.comparison.claims import verdict
 from danceopd.comparison.compare import compare, read_comparison, write_pages
 from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError
-from danceopd.comparison.suite import SuiteError
+from danceopd.comparison.suite import SuiteError, load_suite
+from danceopd.runs import train
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.trainer import Trainer
 
@@ -138,10 +139,37 @@ def test_a_cached_run_whose_sources_changed_is_refused(tmp_path):
         state.write_text(json.dumps(content))
     with pytest.raises(CheckpointFailure, match="shapes:edit"):
         compare(path, out=out, resume=True)
-    first = min(out.rglob("points/*.json"))
-    first.unlink()
-    with pytest.raises(ComparisonError, match=r"never measured at 2 \(scores\); remove that folder"):
-        compare(path, out=out, resume=True)
+
+
+def test_more_scenes_and_further_measures_train_nothing_again(tmp_path, monkeypatch):
+    path, out = write(tmp_path, methods={"danceopd": {}}), tmp_path / "out"
+    compare(path, out=out)
+    monkeypatch.setattr(Trainer, "update", lambda trainer: pytest.fail("trained again"))
+    recipe = TINY["recipe"] | {"evaluate": {"scenes_per_task": 3, "num_inference_steps": 2, "seed": 1}}
+    summary = read_comparison(
+        compare(
+            write(tmp_path, methods={"danceopd": {}}, recipe=recipe, measures={"staleness": {}}), out=out, resume=True
+        )
+    )
+    assert summary["scenes_per_task"] == 3
+    assert set(summary["measures"]) == {"scores", "staleness"}
+
+
+def test_a_run_that_went_past_a_point_says_so(tmp_path):
+    only = {"compute": None, "recipe": _saved_often(), "methods": {"joint": JOINT}, "reference": "joint"}
+    out = tmp_path / "out"
+    train(load_suite(write(tmp_path, **only)).run_recipe("joint", seed=0, updates=6, root=out / "trained"))
+    with pytest.raises(ComparisonError, match="already at update 6 and was never measured at 2; remove that folder"):
+        compare(write(tmp_path, **only), out=out)
+    compare(write(tmp_path, **only, updates=5), out=out, resume=True)  # whose checkpoint is still there
+
+
+def test_sources_are_scored_once_whatever_students_are_trained_on(tmp_path, capsys):
+    out = tmp_path / "out"
+    for name, routes in (("tiny", TINY["recipe"]["routes"]), ("other", TINY["recipe"]["routes"][1:])):
+        path = write(tmp_path, compute=None, methods={"danceopd": {}}, recipe=TINY["recipe"] | {"routes": routes})
+        compare(path.rename(tmp_path / f"{name}.yaml"), out=out)
+    assert len(list(out.glob("trained/sources-*.json"))) == 1
 
 
 def test_unknown_methods_poor_budgets_and_claims_about_nothing_are_refused(tmp_path):

@@ -6,6 +6,7 @@ from tiny_suites import SEARCH, write
 
 from danceopd.comparison.compare import compare, search
 from danceopd.comparison.runner import ComparisonError
+from danceopd.comparison.search import at_the_edge
 from danceopd.comparison.search_file import RULE, Trial, choose
 from danceopd.comparison.suite import SuiteError, load_suite
 from danceopd.training.trainer import Trainer
@@ -89,3 +90,11 @@ def _chosen(content, method):
 def test_a_suite_without_a_search_cannot_be_searched(tmp_path):
     with pytest.raises(SuiteError, match="declares no search"):
         search(write(tmp_path), out=tmp_path / "searched")
+
+
+def test_a_choice_at_the_edge_of_what_was_tried_is_said():
+    grid = {"rate": [1e-3, 2e-3, 4e-3], "band": ["low", "mid", "high"], "eta": [0.3, 0.7]}
+    chosen = {"rate": 1e-3, "band": "low", "eta": 0.3}
+    assert at_the_edge("joint", grid, chosen) == ["joint: rate 0.001 is the lowest tried; a better one may lie beyond"]
+    assert "highest" in at_the_edge("joint", grid, chosen | {"rate": 4e-3})[0]
+    assert at_the_edge("joint", grid, chosen | {"rate": 2e-3}) == []

@@ -77,6 +77,7 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"claims": [{**LEAD, "at_least": 1.0}]}, "a claim is"),
         ({"claims": [VALUE]}, "a claim is"),
         ({"claims": [{**VALUE, "measure": "realism", "at_least": 1.0}]}, "does not measure 'realism'"),
+        ({"measures": {"guidance": {"scales": [1.0]}}}, "measures.guidance needs one route"),
         ({"measures": {"realism": {"teacher": "t2i"}}}, "teacher 't2i' is none of edit"),
         ({"paper": {"what": "scores", "figures": {"t2i": "0.8"}}}, "paper.figures: 't2i' is none of .*, base, edit;"),
         (grid(joint={"joint.sigma_mean": [0.0]}), "same number of trials, found danceopd 2, joint 1, merge 2"),
@@ -111,6 +112,8 @@ def test_what_a_run_is_cached_by(tmp_path):
     assert suite.fingerprint("danceopd") == same.fingerprint("danceopd")
     other = load_suite(write(tmp_path, methods={**TINY["methods"], "danceopd": {"train.learning_rate": 2e-3}}))
     assert suite.fingerprint("danceopd") != other.fingerprint("danceopd")
+    said = load_suite(write(tmp_path, methods={**TINY["methods"], "danceopd": {"train.max_grad_norm": 1.0}}))
+    assert suite.fingerprint("danceopd") == said.fingerprint("danceopd")  # so a new key with a default orphans no run
 
 
 def test_a_suites_files_are_relative_to_the_suite(tmp_path):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from danceopd.comparison.measures import MEASURES, measured
+from danceopd.comparison.measures import MEASURES, measured, scores
 from danceopd.comparison.parallel import in_parallel
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.suite import Suite, digest, updates_within
 from danceopd.evaluation.scorers import scorer
 from danceopd.files import write_text
+from danceopd.recipe import Recipe
 from danceopd.runs import model_velocities, train
-from danceopd.training.assemble import Assembly, assemble
-from danceopd.training.checkpoint import checkpoints, load_checkpoint_state
+from danceopd.training.assemble import Assembly, assemble, load_models
+from danceopd.training.checkpoint import checkpoints, keep_averaged, load_checkpoint_state
 from danceopd.training.hardware import pick_device
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import load_run, prepare_recipe
@@ -52,6 +54,7 @@ def run_suite(
         raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
     views = {name: comparison_updates(suite, name, assembled[name]) for name in methods}
     hashes = {name: assembly.hashes for name, assembly in assembled.items()}
+    sources = _sources(suite, root, report)  # before hours are spent
     work = partial(_run_points, suite, views, hashes, root)
     runs = [(method, seed) for seed in suite.seeds for method in methods]
     if jobs > 1:
@@ -60,7 +63,7 @@ def run_suite(
     for method, seed in runs:
         for updates, point in work((method, seed), report).items():
             points[method].setdefault(updates, []).append(point)
-    return Results(points, views, _sources(suite, root, report))
+    return Results(points, views, sources)
 
 
 def _finish(work: Callable[[tuple[str, int], Report], dict[int, Point]], run: tuple[str, int]) -> str:
@@ -117,18 +120,16 @@ def _point(
 ) -> Point:
     recipe = suite.run_recipe(method, seed=seed, updates=updates, root=root)
     folder = RunFolder(Path(recipe.output))
-    files = {name: folder.path / "points" / f"{updates:06d}-{name}-{_key(suite, method, name)}.json" for name in names}
+    kept = folder.path / "points" / f"{updates:06d}"
+    files = {name: kept.with_name(f"{kept.name}-{name}-{_key(suite, method, name)}.json") for name in names}
     missing = [name for name, file in files.items() if not file.exists()]
     if missing:
-        reached = [load_checkpoint_state(path).step for path in checkpoints(folder.checkpoints)]
-        if reached and max(reached) > updates:
-            raise ComparisonError(
-                f"{folder.path} is already at update {max(reached)} and was never measured at {updates} "
-                f"({', '.join(missing)}); remove that folder to train it again"
-            )
-        report(f"{method}, seed {seed}: to update {updates}")
-        train(recipe, resume=True)
-        assembly, state = load_run(folder, device=pick_device(), purpose="scored")
+        if not kept.exists():
+            report(f"{method}, seed {seed}: to update {updates}")
+            keep_averaged(_trained_to(recipe, folder), kept)
+        assembly, state = load_run(folder, device=pick_device(), purpose="scored", checkpoint=kept)
+        here = {"train": assembly.recipe.train.model_copy(update={"steps": updates}), "evaluate": recipe.evaluate}
+        assembly = replace(assembly, recipe=assembly.recipe.model_copy(update=here))  # the run may be further on
         spent = {
             "updates": updates,
             "compute": state.calls["rollout"] + state.calls["field"] + 3 * state.calls["train"],
@@ -136,7 +137,9 @@ def _point(
             "hashes": assembly.hashes,
         }
         for name in missing:
-            content = {**spent, "taken": _take(name, assembly, "student", suite)}
+            take = MEASURES[name].take
+            assert take is not None
+            content = {**spent, "taken": take(assembly, "student", suite)}
             write_text(files[name], json.dumps(content) + "\n")
     contents = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     for name, content in contents.items():
@@ -149,28 +152,36 @@ def _point(
     return Point(first["updates"], first["compute"], first["seconds"], taken)
 
 
+def _trained_to(recipe: Recipe, folder: RunFolder) -> Path:
+    """The checkpoint at the recipe's last update, which is trained unless the run is there or further on."""
+    reached = {load_checkpoint_state(path).step: path for path in checkpoints(folder.checkpoints)}
+    if recipe.train.steps not in reached:
+        if reached and max(reached) > recipe.train.steps:
+            raise ComparisonError(
+                f"{folder.path} is already at update {max(reached)} and was never measured at {recipe.train.steps}; "
+                "remove that folder to train it again"
+            )
+        train(recipe, resume=True)
+        reached = {load_checkpoint_state(path).step: path for path in checkpoints(folder.checkpoints)}
+    return reached[recipe.train.steps]
+
+
 def _sources(suite: Suite, root: Path, report: Report) -> dict[str, dict[str, Any]]:
     """Every source's own scores on the suite's scenes."""
     recipe = prepare_recipe(suite.recipes[suite.reference], pick_device())
-    assembly = assemble(recipe, device=pick_device())
+    loaded = load_models(recipe, device=pick_device())
     named = recipe.model_dump(mode="json", include={"base", "fields"})
     key = digest([named, recipe.train.precision, _key(suite, suite.reference, "scores")])
     file = root / f"sources-{key}.json"
     if not file.exists():
-        names = [name for name in model_velocities(assembly) if name != "student"]
+        names = [name for name in model_velocities(loaded) if name != "student"]
         report(f"sources: {', '.join(names)}")
-        scored = {name: _take("scores", assembly, name, suite) for name in names}
-        write_text(file, json.dumps({"hashes": assembly.hashes, "scores": scored}) + "\n")
+        scored = {name: scores.take(loaded, name, suite) for name in names}
+        write_text(file, json.dumps({"hashes": loaded.hashes, "scores": scored}) + "\n")
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if content["hashes"] != assembly.hashes:
-        raise ComparisonError(f"{file} was made with other sources; remove {root} to compare the present ones")
+    if content["hashes"] != loaded.hashes:
+        raise ComparisonError(f"{file} was made with other sources; remove it to compare the present ones")
     return content["scores"]
-
-
-def _take(name: str, assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
-    take = MEASURES[name].take
-    assert take is not None
-    return take(assembly, model, suite)
 
 
 def _key(suite: Suite, method: str, name: str) -> str:

@@ -18,6 +18,9 @@ from danceopd.comparison.suite_file import ClaimPart, MeasuresPart, PaperPart, S
 from danceopd.recipe import IDLE, Recipe, RecipeError, override, parse_recipe, read_yaml, with_absolute_files
 from danceopd.recipe.wording import explain
 
+_DEFAULTS = 1
+"""Raised when a recipe's default changes, which no fingerprint holds: new keys leave old runs their names."""
+
 
 class SuiteError(ValueError):
     """A suite cannot be run; the message names the file, what was found and what is needed."""
@@ -44,12 +47,9 @@ class Suite:
 
     def fingerprint(self, method: str) -> str:
         """Ten hexadecimal digits of everything in the method's recipe that its weights depend on."""
-        content = self.recipes[method].model_dump(mode="json")
-        for key in ("output", "evaluate"):
-            del content[key]
-        for key in ("steps", "seed"):
-            del content["train"][key]
-        return digest(content)
+        train = self.recipes[method].train.model_dump(mode="json", exclude_defaults=True, exclude={"steps", "seed"})
+        content = self.recipes[method].model_dump(mode="json", exclude_defaults=True, exclude={"output", "evaluate"})
+        return digest([_DEFAULTS, content | {"train": train}])
 
     def run_recipe(self, method: str, *, seed: int, updates: int, root: Path) -> Recipe:
         """The recipe of one run, trained as far as ``updates``."""
@@ -93,7 +93,7 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     Raises:
         SuiteError: for a file that cannot be used (``read_suite_file``), methods that no recipe knows, recipes that do
             not share sources, data or evaluation, a learning rate that depends on the run's length, figures or a
-            teacher that belong to no source, or a search file of another suite.
+            teacher that belong to no source, a guidance that is none of its field's, or a search file of another suite.
     """
     content = read_suite_file(path)
     searched = None
@@ -105,7 +105,8 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     chosen = {} if searched is None else {name: method.chosen for name, method in searched.methods.items()}
     recipes = {name: method_recipe(path, content, name, chosen.get(name, {})) for name in content.methods}
     require_shared(path, recipes)
-    _require_sources(path, content, recipes[content.reference])
+    for recipe in recipes.values():
+        _require_sources(path, content, recipe)
     scenes_seed = recipes[content.reference].evaluate.seed
     if content.search is not None and content.search.scenes_seed == scenes_seed:
         raise SuiteError(f"{path}: search.scenes_seed {scenes_seed} is the evaluation's own; choose another")
@@ -129,6 +130,12 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
 
 def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
     """Whatever a suite says of its sources must be about one that is scored."""
+    for route in recipe.routes if content.measures.guidance is not None else ():
+        if len(recipe.routes) > 1 or (route.guidance_scale, route.negative_prompt) != (None, None):
+            raise SuiteError(
+                f"{path}: measures.guidance needs one route, taught by its field as that is scored: without a "
+                "guidance_scale or negative_prompt of the route's own"
+            )
     sources = ["base", *(name for name, part in recipe.fields.items() if not part.is_base)]
     teacher = None if content.measures.realism is None else content.measures.realism.teacher
     if teacher is not None and teacher not in sources[1:]:
@@ -142,8 +149,12 @@ def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
 
 
 def search_fingerprint(content: SuiteFile) -> str:
-    """Ten hexadecimal digits of everything in a suite file that its search depends on."""
-    return digest(content.model_dump(mode="json", include={"recipe", "methods", "search"}))
+    """Ten hexadecimal digits of everything in a suite file that its search depends on, which has scenes of its own."""
+    found = content.model_dump(mode="json", include={"recipe", "methods", "search"})
+    if isinstance(found["recipe"].get("evaluate"), dict):
+        for key in ("seed", "scenes_per_task"):
+            found["recipe"]["evaluate"].pop(key, None)
+    return digest(found)
 
 
 def updates_within(compute: float, calls_per_update: float, method: str) -> int:

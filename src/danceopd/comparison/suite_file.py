@@ -138,7 +138,8 @@ class SuiteFile(SuitePart):
         _require_known("capabilities", self.capabilities, GROUPS)
         if any(count < 1 for count in self.points):
             raise ValueError(f"points: updates are at least 1, found {self.points}")
-        if self.measures != MeasuresPart() and "t2i" not in self.capabilities:
+        on_prompts = self.measures.guidance is not None or self.measures.realism is not None
+        if on_prompts and "t2i" not in self.capabilities:
             raise ValueError("measures: guidance and realism are measured on text to image; add t2i to capabilities")
         for index, claim in enumerate(self.claims):
             methods = [name for name in (claim.method, claim.over) if name is not None]

@@ -103,6 +103,16 @@ def save_checkpoint(
     return target
 
 
+def keep_averaged(checkpoint: Path, target: Path) -> None:
+    """Copy what scoring needs of a checkpoint, its averaged weights and ``state.json``, where none is ever deleted."""
+    aside = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in ("ema.safetensors", "state.json"):
+        shutil.copyfile(checkpoint / name, aside / name)
+    aside.rename(target)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """All whole checkpoints, oldest first."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: int(path.name[5:]))

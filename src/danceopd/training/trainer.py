@@ -261,16 +261,18 @@ def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
-def load_run(folder: RunFolder, *, device: torch.device, purpose: str = "loaded") -> tuple[Assembly, TrainingState]:
+def load_run(
+    folder: RunFolder, *, device: torch.device, purpose: str = "loaded", checkpoint: Path | None = None
+) -> tuple[Assembly, TrainingState]:
     """A trained run, its student under its averaged weights, with the data it was trained on.
 
-    purpose: what it is loaded to be, in errors ("scored").
+    purpose: what it is loaded to be, in errors ("scored"). checkpoint: whose weights; the newest by default.
 
     Raises:
         CheckpointFailure: if there is no checkpoint, or a source or the data changed since.
     """
     assembly = assemble(folder.read_recipe(), device=device)
-    return assembly, _load_averaged(folder, assembly, purpose)
+    return assembly, _load_averaged(folder, assembly, purpose, checkpoint)
 
 
 def load_run_models(
@@ -281,8 +283,10 @@ def load_run_models(
     return loaded, _load_averaged(folder, loaded, purpose)
 
 
-def _load_averaged(folder: RunFolder, loaded: LoadedModels, purpose: str) -> TrainingState:
-    path = latest_checkpoint(folder.checkpoints)
+def _load_averaged(
+    folder: RunFolder, loaded: LoadedModels, purpose: str, checkpoint: Path | None = None
+) -> TrainingState:
+    path = checkpoint or latest_checkpoint(folder.checkpoints)
     if path is None:
         raise CheckpointFailure(f"{folder.path} holds no checkpoint yet")
     state = load_checkpoint_state(path)

@@ -17,8 +17,9 @@ from danceopd.training.assemble import Assembly
 class Measure:
     """One measure.
 
-    take: ``take(assembly, model, suite)``: what is kept, as JSON, of each trained student; None where the scores'
-        own record tells it already. everywhere: take it at every point, not at equal updates alone.
+    take: ``take(assembly, model, suite)``: what is kept, as JSON, of each student at a point of its run, where
+        ``assembly.recipe.train.steps`` is the point's updates; None where the scores' own record tells it already.
+    everywhere: take it at every point, not at equal updates alone.
     settings: what ``take`` depends on besides the run and its evaluation scenes, as JSON.
     measure: the figures of all runs together, as JSON; pages are made of it alone.
     tables, plots: that JSON for readers.

@@ -16,7 +16,7 @@ from danceopd.comparison.tables import WORDS, Plot, Table, number, score, signed
 from danceopd.evaluation.shapes import CAPABILITIES, score_model
 from danceopd.report.page import COLORS, figure_url
 from danceopd.runs import model_velocities
-from danceopd.training.assemble import Assembly, autocast
+from danceopd.training.assemble import LoadedModels, autocast
 from danceopd.training.hardware import pick_device
 
 
@@ -26,7 +26,7 @@ def settings(suite: Suite) -> list[str]:
     return [kind for kind in CAPABILITIES if kind in wanted]
 
 
-def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
+def take(assembly: LoadedModels, model: str, suite: Suite) -> dict[str, Any]:
     """A model's scores {kind: [tasks, n]}, and the realism reward of its text-to-image pictures."""
     velocity, recipe = model_velocities(assembly)[model], assembly.recipe
     taken: dict[str, Any] = {}

@@ -29,7 +29,8 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
 
     staleness: {update: distance}; age: of its trajectories at the end; band_distance: over the whole run.
     """
-    lines = RunFolder(Path(assembly.recipe.output)).metrics()
+    recipe = assembly.recipe
+    lines = [line for line in RunFolder(Path(recipe.output)).metrics() if line["step"] <= recipe.train.steps]
     measured = {str(line["step"]): round(line["pool/staleness"], 5) for line in lines if "pool/staleness" in line}
     last = next((line for line in reversed(lines) if "pool/age" in line), None)
     if last is None:
