@@ -54,6 +54,16 @@ def test_check_names_an_output_that_holds_a_run(tmp_path):
     assert f"{tmp_path / 'run'} already holds a run" in result.stdout.replace("\n", "")
 
 
+@pytest.mark.parametrize("weights", [(4, 1), (9, 1)])
+def test_check_knows_streaming_rollouts_and_small_shares(weights):
+    settings = ["query.per_rollout=1", "rollout={num_inference_steps: 8, mode: streaming, pool: 32}"]
+    settings += [f"routes.{index}.weight={weight}" for index, weight in enumerate(weights)]
+    said = run("check", TWO_EXPERTS, *(w for s in [*settings, "train.batch_size=8"] for w in ("--set", s)))
+    assert said.returncode == 0, said.stderr
+    assert "rollouts streaming: 32 trajectories of 8 steps; the steps that are trained are" in said.stdout
+    assert "trajectories 0." in said.stdout.replace("\n", " ")
+
+
 def test_words_of_a_recipe_are_printed_as_written(capsys):
     route, student = "photo [bold]of[/bold] [/a] cat", "LoRA [1]"
     print_plan(Plan((route,), student, 1, 1, 1, 0, 1, 1.0), 1, tiny=False)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from danceopd.distill.method import Method
+from danceopd.distill.streaming import StreamingDanceOPD
 from danceopd.fields.guidance import GuidedField
 from danceopd.recipe import METHODS, FieldPart, Recipe
 from danceopd.training.activations import Activations
@@ -17,8 +19,8 @@ from danceopd.training.trainer import prepare_recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do, routes and student in a sentence each. The calls are expected ones per update, and once
-    per run."""
+    """What a recipe will do, routes, student and streaming rollouts in a sentence each. The calls are expected ones per
+    update, and once per run. carried_megabytes: of what the method carries from update to update."""
 
     routes: tuple[str, ...]
     student: str
@@ -29,6 +31,8 @@ class Plan:
     trained_parameters: int
     megabytes: float
     activation_megabytes: float | None = None
+    carried_megabytes: float = 0.0
+    rollout: str | None = None
 
 
 def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
@@ -53,6 +57,16 @@ def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
         calls.once,
         trained,
         (_weight_bytes(assembly) + trained * 4 * (2 + moments)) / 2**20,
+        rollout=_rollout_sentence(method),
+    )
+
+
+def _rollout_sentence(method: Method) -> str | None:
+    if not isinstance(method, StreamingDanceOPD):
+        return None
+    return (
+        f"streaming: {method.pool} trajectories of {method.length} steps; the steps that are trained are "
+        f"{method.band_distance():.1%} from the query band (total variation)"
     )
 
 
@@ -125,15 +139,17 @@ def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
     assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
     generator = torch.Generator().manual_seed(recipe.train.seed)
     few = recipe.flow_opd.group_size if recipe.method == "flow_opd" else 2
-    counts = (few, 2 * few) if 2 * few <= recipe.train.batch_size else (few,)
     micro_batch = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
     kept: list[float] = []
     with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
         for index in range(len(assembly.method.routes)):
+            most = min(recipe.train.batch_size, assembly.method.most_samples(index) or recipe.train.batch_size)
+            counts = (few, 2 * few) if 2 * few <= most else (min(few, most),)
             found = [_activation_bytes(assembly, index, count, generator) for count in counts]
             kept.append(_extended(counts, found, to=micro_batch))
     activations = None if recipe.train.gradient_checkpointing else max(kept) / 2**20
-    return replace(plan(assembly, asked), activation_megabytes=activations)
+    carried = sum(tensor.numel() * tensor.element_size() for tensor in assembly.method.state().values()) / 2**20
+    return replace(plan(assembly, asked), activation_megabytes=activations, carried_megabytes=carried)
 
 
 def _activation_bytes(assembly: Assembly, route: int, count: int, generator: torch.Generator) -> int:

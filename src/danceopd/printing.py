@@ -20,6 +20,8 @@ def print_plan(plan: Plan, updates: int, *, tiny: bool) -> None:
     for sentence in plan.routes:
         console.print(Text.assemble(("route ", "bold"), sentence))
     console.print(Text.assemble(("student ", "bold"), plan.student))
+    if plan.rollout is not None:
+        console.print(Text.assemble(("rollouts ", "bold"), plan.rollout))
     total = plan.rollout_calls + plan.field_calls + 3 * plan.train_calls
     console.print(
         f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "
@@ -30,6 +32,7 @@ def print_plan(plan: Plan, updates: int, *, tiny: bool) -> None:
     console.print(
         f"{plan.trained_parameters:,} trained parameters; weights, gradients and optimiser {plan.megabytes:.0f} MiB, "
         + _activations(plan.activation_megabytes)
+        + (f", trajectories {plan.carried_megabytes:.1f} MiB" if plan.rollout is not None else "")
         + (" (of the tiny stand-ins)" if tiny else ""),
     )
 

@@ -110,19 +110,36 @@ def test_a_network_gives_the_same_to_rounding(rng):
         torch.testing.assert_close(group.z, fresh_states(method, student, group), rtol=1e-5, atol=1e-5)
 
 
-def test_every_step_is_held_by_as_many_trajectories_and_trained_as_its_band_says(rng):
+@pytest.mark.parametrize("pool", [32, 16])  # at 16 the minimum binds
+def test_every_step_is_held_by_as_many_trajectories_and_trained_as_its_band_says(rng, pool):
     """Counts are exact and choices of different updates independent, so the error of a marginal is a coin's at most."""
-    method, updates = plain(), 600
+    method, updates, each = plain(pool=pool), 600, pool // 8
     for _ in range(updates):
         result = method.step(Elementwise(), batch_size=8, generator=rng)
         assert result.calls.train == result.routes["one"].samples == 8
         (group,) = method.trajectories.groups
-        assert torch.equal(group.step.bincount(), torch.full((8,), 4))
+        assert torch.equal(group.step.bincount(), torch.full((8,), each))
     expected = method.selection()[0]
-    assert torch.allclose(expected, 2 * low_noise().step_probabilities(GRID))  # N A / P = 2 queries per trajectory
-    error = (expected * (1 - expected) / (4 * updates)).sqrt()
-    assert bool(((method.trajectories.trained / (4 * updates) - expected).abs() < 4.5 * error).all())
-    assert method.diagnostics(Elementwise())["pool/band_distance"] < 0.02
+    if pool == 32:  # N A / P = 2 queries per trajectory
+        assert torch.allclose(expected, 2 * low_noise().step_probabilities(GRID))
+    error = (expected * (1 - expected) / (each * updates)).sqrt()
+    found = method.trajectories.trained / (each * updates)
+    assert bool(((found - expected).abs() <= 4.5 * error + 1e-12).all())
+    distance = method.diagnostics(Elementwise())["pool/band_distance"]
+    assert distance == pytest.approx(method.band_distance(), abs=0.02)
+    assert (method.band_distance() > 0.05) == (pool == 16)
+
+
+def test_an_update_of_one_route_trains_its_steps_as_the_band_says(rng):
+    """Per step a route's trajectories are trained in the updates that are its own, three of four here."""
+    routes = [d.Route(name, GaussianField(0, 1), Numbered(), weight=w) for name, w in (("a", 3), ("b", 1))]
+    method, updates = streaming(*routes, per="step", pool=64), 800
+    for _ in range(updates):
+        method.step(Elementwise(), batch_size=8, generator=rng)
+    expected = (method.selection() * method.members[:, None]).sum(0)
+    assert float(expected.sum()) / method.length == pytest.approx(8)
+    found = method.trajectories.trained / updates * method.length
+    assert torch.allclose(found.double(), expected, rtol=0.1, atol=0.05)
 
 
 def test_capped_steps_are_always_trained_and_the_others_make_up_for_them():
@@ -214,8 +231,8 @@ def test_a_batch_holds_no_trajectory_twice_though_a_trajectory_is_trained_again(
     for _ in range(40):
         method.step(student, batch_size=8, generator=rng)
     assert len(seen.trained) == 40
-    assert len(seen.walked) == 40 + 7  # and the seven steps of the rollouts that filled the pool
-    for trained, walked in zip(seen.trained, seen.walked[7:], strict=True):
+    assert len(seen.walked) == 40 + 3 + 7  # and the rollouts that filled the pool, to steps 0 to 3 and 4 to 7
+    for trained, walked in zip(seen.trained, seen.walked[10:], strict=True):
         numbers = torch.cat([trained, walked])[:, 0]
         assert len(trained) == len(trained[:, 0].unique()) == 8
         assert len(numbers.unique()) == len(numbers)
@@ -346,7 +363,7 @@ def test_a_field_is_told_what_its_route_says_of_the_same_trajectories(rng):
 def test_micro_batches_change_the_passes_and_not_the_update():
     def gradient(count):
         student, sizes = TinyNet(), []
-        student.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])) if out.requires_grad else None)
+        student.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
         method, generator = plain(d.ModelField(TinyNet(seed=1))), torch.Generator().manual_seed(4)
         for _ in range(10):
             student.zero_grad()
@@ -354,7 +371,7 @@ def test_micro_batches_change_the_passes_and_not_the_update():
             (result,) = method.update(student, batch_size=8, generator=generator, **options)
             assert not result.loss.requires_grad
         (group,) = method.trajectories.groups
-        assert max(sizes) == 8 // count
+        assert max(sizes) == 8 // count  # trained, walking, and of the rollouts that fill the pool
         return [p.grad for p in student.parameters()], group, result
 
     (one, group, whole), (two, other, parts) = gradient(1), gradient(4)
@@ -440,6 +457,27 @@ def test_staleness_is_the_distance_to_a_fresh_rollout_under_the_present_weights(
     assert figures["pool/band_distance"] == pytest.approx(float(distance))
 
 
+def test_no_pass_is_larger_than_told_and_small_groups_share_theirs(rng):
+    """Eight shapes of four trajectories: passes of 4, however small the groups, and of what measures staleness too."""
+    student = Elementwise()
+    sizes = []
+    student.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    routes = [d.Route(str(size), GaussianField(0, 1), Numbered(size=size)) for size in range(3, 11)]
+    method = streaming(*routes, pool=64, batch_size=16, largest_pass=4, staleness_updates=1)
+    method.step(student, batch_size=16, generator=rng, micro_batches=4)
+    sizes.clear()
+    method.step(student, batch_size=16, generator=rng, micro_batches=4)
+    assert len(sizes) == 8 + 2 * 8  # two trained states of each shape at once, and six others in twos of three or four
+    method.diagnostics(student)
+    assert max(sizes) <= 4
+
+
+def test_a_pool_that_is_still_empty_has_a_state_too():
+    method = plain()
+    method.load_state(load(save(method.state())))
+    assert len(method.trajectories) == 0
+
+
 def test_initial_steps_are_even(rng):
     assert torch.equal(even_steps(16, 8, rng).bincount(), torch.full((8,), 2))
     counts = even_steps(21, 8, rng).bincount(minlength=8)
@@ -455,9 +493,20 @@ def test_initial_steps_are_even(rng):
         ({"pool": 7}, "a pool of 7 is too small: an update may train 4 samples of route 'b', which has 3"),
         ({"per": "step", "pool": 15}, "an update may train 8 samples of route 'b', which has 7"),
         ({"stratified": False, "pool": 15}, "may train 8 samples of route 'b', which has 7"),
+        ({"stratified": False, "pool": 15}, "; 16 is enough"),
+        (
+            {"stratified": False, "pool": 16, "weight": 4},
+            "'b', which has 3 .*; 40 is enough, 16 with stratified routing",
+        ),
+        ({"per": "step", "pool": 16}, "are 39% from the query band .*; 24 is enough"),
     ],
 )
 def test_what_cannot_stream_is_refused_by_name(options, message):
-    routes = [d.Route("a", GaussianField(0, 1), Numbered()), d.Route("b", GaussianField(0, 1), Numbered())]
+    options = dict(options)
+    weight = options.pop("weight", 1)
+    routes = [
+        d.Route("a", GaussianField(0, 1), Numbered(), weight=weight),
+        d.Route("b", GaussianField(0, 1), Numbered()),
+    ]
     with pytest.raises(ValueError, match=message):
         streaming(*routes, **options)

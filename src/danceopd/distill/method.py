@@ -76,6 +76,10 @@ class Method(ABC):
         """The data of one update's samples, of which ``chosen`` (int64 [B]) holds the routes; see ``draw_batches``."""
         return draw_batches(self.routes, chosen, generator, self.device, grid=self.grid, query=query, targets=targets)
 
+    def most_samples(self, route: int) -> int | None:
+        """Samples of a route that one ``step`` may hold; None for any number."""
+        return None
+
     def over_routes(self, calls: Callable[[Route, Grid], ExpectedCalls]) -> ExpectedCalls:
         """The mean, over the routes' shares in the coming update, of what a sample of each costs on its grid."""
         each = [calls(route, route.typical_grid(self.grid)) for route in self.routes]

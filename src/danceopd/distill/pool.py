@@ -79,16 +79,14 @@ class Pool:
         self.groups.append(new)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next update depends on, as tensors by name; copies, of which no two share memory."""
-        if not self.groups:
-            return {}
+        """All that the next update depends on, as tensors by name; copies on the CPU, of which no two share memory."""
         tensors = {"trained": self.trained, "updates": torch.tensor(self.updates)}
         for index, group in enumerate(self.groups):
             parts = {"route": group.batch.route} | {n: getattr(group, n) for n in ("z", "step", "age", "seed")}
             for kind in CONDITIONS:
                 parts |= {f"{kind}.{n}": part for n, part in condition_tensors(getattr(group.batch, kind)).items()}
             tensors |= {f"{index}.{name}": part for name, part in parts.items()}
-        return {name: tensor.clone() for name, tensor in tensors.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], device: torch.device | str, grid: Grid | GridFor) -> None:
         """Continue where ``state`` was taken, on the grid that it was taken on.

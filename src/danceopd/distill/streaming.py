@@ -7,6 +7,7 @@ band is replaced by a new one on its route.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from danceopd.distill.matching import VelocityMatching
 from danceopd.distill.pool import Pool, Trajectories, begin
-from danceopd.distill.rollout import rollout
+from danceopd.distill.rollout import Rollout, rollout
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
 from danceopd.distill.selection import choose, inclusion_probabilities
@@ -25,6 +26,8 @@ from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
 
 NEGLIGIBLE = 0.01
 """Trajectories end where no step to come has this share of an even band's mass."""
+MOST_DISTANCE = 0.25
+"""Total variation from the query band above which a pool is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class StreamingDanceOPD(VelocityMatching):
     pool: trajectories in flight, P. A route has its share of them for good (per step: all routes the same), spread
         evenly over the steps.
     batch_size: trained states of an update, A, that ``expected_calls`` and the demands on the pool are about.
+    largest_pass: samples of one network call at most; ``batch_size`` by default.
     staleness_updates: updates between measurements of staleness in ``diagnostics``; 0 for never.
 
     An update trains as many trajectories of each route as its samples were routed there. One at step j is among them
@@ -41,11 +45,12 @@ class StreamingDanceOPD(VelocityMatching):
 
     Raises:
         ValueError: for a band over sigma or several queries per rollout, a router that changes the shares, or a
-            pool that is too small for a route.
+            pool that is too small for a route, or so small that the minimum leaves little of the band.
     """
 
     pool: int
     batch_size: int
+    largest_pass: int | None = None
     staleness_updates: int = 0
     trajectories: Pool = field(default_factory=Pool, init=False, repr=False, compare=False)
 
@@ -67,13 +72,19 @@ class StreamingDanceOPD(VelocityMatching):
                 f"streaming rollouts need per_rollout 1, found {self.query.per_rollout}: how often a trajectory is "
                 "trained follows from the pool"
             )
-        trainable = int((self.mass > 0).sum())
-        for route, members, most in zip(self.routes, self.members.tolist(), self._most_samples(), strict=True):
-            if members * trainable // self.length < most:
+        asked = self._asked(self.stratified)
+        for index, (route, most) in enumerate(zip(self.routes, asked, strict=True)):
+            if self.most_samples(index) < most:
                 raise ValueError(
                     f"a pool of {self.pool} is too small: an update may train {most} samples of route {route.name!r}, "
-                    f"which has {members} trajectories ({trainable} of their {self.length} steps are in the band)"
+                    f"which has {int(self.members[index])} trajectories ({int((self.mass > 0).sum())} of their "
+                    f"{self.length} steps are in the band)" + self._remedy()
                 )
+        if self.band_distance() > MOST_DISTANCE:
+            raise ValueError(
+                f"a pool of {self.pool} is too small: so many of its trajectories are trained in every update that the "
+                f"trained steps are {self.band_distance():.0%} from the query band (total variation)" + self._remedy()
+            )
 
     @cached_property
     def mass(self) -> Tensor:
@@ -87,6 +98,10 @@ class StreamingDanceOPD(VelocityMatching):
         return self.query.step_probabilities(self.routes[0].typical_grid(self.grid))
 
     @property
+    def _largest_pass(self) -> int:
+        return self.largest_pass or self.batch_size
+
+    @property
     def length(self) -> int:
         """T: the steps of a trajectory."""
         return len(self.mass)
@@ -94,23 +109,63 @@ class StreamingDanceOPD(VelocityMatching):
     @cached_property
     def members(self) -> Tensor:
         """Trajectories of each route: int64 [M], their sum the pool."""
-        shares = self.shares if self.per == "sample" else torch.ones(len(self.routes)).double()
-        return (shares.cumsum(0) / shares.sum() * self.pool).round().long().diff(prepend=torch.zeros(1).long())
+        return self._members(self.pool)
 
-    def _most_samples(self) -> list[int]:
+    def _members(self, pool: int) -> Tensor:
+        shares = self.shares if self.per == "sample" else torch.ones(len(self.routes)).double()
+        return (shares.cumsum(0) / shares.sum() * pool).round().long().diff(prepend=torch.zeros(1).long())
+
+    def most_samples(self, route: int) -> int:
+        return self._most_samples(int(self.members[route]))
+
+    def _most_samples(self, members: int) -> int:
+        """So many of a route's trajectories are in the band in every update."""
+        return members * int((self.mass > 0).sum()) // self.length
+
+    def _asked(self, stratified: bool) -> list[int]:
         """Samples of each route in an update, at most."""
-        if self.per == "step" or not self.stratified:
+        if self.per == "step" or not stratified:
             return [self.batch_size] * len(self.routes)
         return (self.shares * self.batch_size - 1e-9).ceil().long().tolist()
 
-    def selection(self) -> Tensor:
-        """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T]."""
-        shares, members = self.shares.tolist(), self.members.tolist()
-        rows = []
-        for share, count in zip(shares, members, strict=True):
+    def _remedy(self) -> str:
+        """The smallest pool of a multiple of the batch that is large enough."""
+        enough = [self._enough(stratified) for stratified in (self.stratified, self.per == "sample")]
+        if enough[0] == enough[1]:
+            return f"; {enough[0]} is enough"
+        return f"; {enough[0]} is enough, {enough[1]} with stratified routing"
+
+    def _enough(self, stratified: bool) -> int:
+        pool = self.batch_size
+        while True:
+            found = zip(self._members(pool).tolist(), self._asked(stratified), strict=True)
+            if all(self._most_samples(n) >= most for n, most in found) and self.band_distance(pool) <= MOST_DISTANCE:
+                return pool
+            pool += self.batch_size
+
+    def band_distance(self, pool: int | None = None) -> float:
+        """Total variation, in [0, 1], between the steps that updates train in expectation and the query band.
+
+        It is more than the mass of the steps that are left out where the minimum in ``selection`` binds.
+        """
+        members = self.members if pool is None else self._members(pool)
+        trained = (self.selection(members) * members[:, None]).sum(0)
+        aimed = self._band[: self.length]
+        return float(((trained / trained.sum() - aimed).abs().sum() + self._band[self.length :].sum()) / 2)
+
+    def selection(self, members: Tensor | None = None) -> Tensor:
+        """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T].
+
+        Where a route's number of samples changes from update to update (``per="sample"`` without ``stratified``), this
+        is the chance at its mean, and the true one lies below where the minimum binds.
+
+        members: trajectories of each route; those of the pool by default.
+        """
+        rows, members = [], self.members if members is None else members
+        for share, count in zip(self.shares.tolist(), members.tolist(), strict=True):
             trained = self.batch_size * (1 if self.per == "step" else share)
             often = share if self.per == "step" else 1.0
-            rows.append(often * inclusion_probabilities(self.mass, trained * self.length / count))
+            rows.append(often * inclusion_probabilities(self.mass, min(trained / count, 1.0) * self.length))
         return torch.stack(rows)
 
     def expected_calls(self) -> ExpectedCalls:
@@ -136,27 +191,28 @@ class StreamingDanceOPD(VelocityMatching):
     ) -> StepResult:
         """Loss of one update on the live student; arguments as in ``DanceOPD.step``. All trajectories move one step.
 
-        micro_batches: equal passes that the trained states, and those that only walk, are divided into.
+        micro_batches: no network call takes more than the constructor's ``batch_size`` over this.
 
         Raises:
             ValueError: if a route has fewer trajectories in the band than samples.
         """
         chosen = self.draw_routes(batch_size, generator) if routes is None else routes
-        calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator)
+        size = min(self._largest_pass, math.ceil(self.batch_size / micro_batches))
+        calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator, size)
         losses = self.losses(batch_size, backward)
         moved = []
         for members, trained in self._select(chosen, generator):
             sigmas = members.batch.grid.sigmas
             sigma, there = sigmas[members.step].to(self.device), sigmas[members.step + 1].to(self.device)
             velocity = torch.zeros_like(members.z)
-            for rows in _parts(trained, micro_batches):
+            for rows in _passes(trained, size):
                 part, at = members[rows], Query(members.step[rows, None], sigmas[members.step[rows, None]])
                 matched = self.match(student, part.batch, part.z, at)
                 losses.add(part.batch.route, matched.losses, at.sigma[:, 0])
                 velocity[rows.to(self.device)] = matched.velocity.detach().float()
                 calls += matched.calls
             walking = ~trained & (members.step + 1 < self.length)
-            for rows in _parts(walking, micro_batches):
+            for rows in _passes(walking, size):
                 part = members[rows]
                 with torch.no_grad():
                     v = student(part.z, sigma[rows.to(self.device)], part.batch.condition)
@@ -204,7 +260,7 @@ class StreamingDanceOPD(VelocityMatching):
         }
         figures |= {f"pool/trained_at_step/{step:02d}": count for step, count in enumerate(pool.trained.tolist())}
         if self.staleness_updates and pool.updates % self.staleness_updates == 0:
-            far = torch.cat([staleness(student, group).cpu() for group in pool.groups])
+            far = torch.cat([staleness(student, group, self._largest_pass).cpu() for group in pool.groups])
             past = torch.cat([group.step for group in pool.groups]) > 0
             figures["pool/staleness"] = float(far[past].mean())
         return figures
@@ -226,7 +282,7 @@ class StreamingDanceOPD(VelocityMatching):
         return list(zip(pool.groups, trained.split([len(group) for group in pool.groups]), strict=True))
 
     @torch.no_grad()
-    def _fill(self, student: nn.Module, generator: torch.Generator) -> NetworkCalls:
+    def _fill(self, student: nn.Module, generator: torch.Generator, size: int) -> NetworkCalls:
         """Start all trajectories, each rolled out afresh to a step of its own, evenly spread for every route."""
         pool, calls = self.trajectories, 0
         pool.trained = torch.zeros(len(self._band), dtype=torch.int64)
@@ -236,10 +292,9 @@ class StreamingDanceOPD(VelocityMatching):
             for new in self._begin(route[torch.cat(steps) == step], generator):
                 pool.add(replace(new, step=torch.full_like(new.step, step)))
         for index, group in enumerate(pool.groups):
-            query = Query(group.step[:, None], group.batch.grid.sigmas[group.step[:, None]])
-            rolled = rollout(student, group.z, group.batch.condition, group.batch.grid, query)
-            pool.groups[index] = replace(group, z=rolled.states[:, 0])
-            calls += rolled.calls
+            rolled = [_fresh(student, part) for part in _in_parts(group, size)]
+            pool.groups[index] = replace(group, z=torch.cat([part.states[:, 0] for part in rolled]))
+            calls += sum(part.calls for part in rolled)
         return NetworkCalls(rollout=calls)
 
     def _replace_ended(self, moved: list[Trajectories], generator: torch.Generator) -> None:
@@ -265,15 +320,25 @@ def _field_calls(route: Route, grid: Grid) -> ExpectedCalls:
     return ExpectedCalls(rollout=0.0, field=route.field.calls_per_velocity, train=1.0)
 
 
-def staleness(student: nn.Module, trajectories: Trajectories) -> Tensor:
+def staleness(student: nn.Module, trajectories: Trajectories, largest_pass: int) -> Tensor:
     """||z - z'|| / ||z'|| of each state, z' a fresh rollout under the present weights from the same noise: [n]."""
-    step, grid = trajectories.step[:, None], trajectories.batch.grid
-    query = Query(step, grid.sigmas[step])
-    fresh = rollout(student, trajectories.noise(), trajectories.batch.condition, grid, query).states[:, 0]
+    parts = _in_parts(trajectories, largest_pass)
+    fresh = torch.cat([_fresh(student, part).states[:, 0] for part in parts])
     return (trajectories.z - fresh).flatten(1).norm(dim=1) / fresh.flatten(1).norm(dim=1)
 
 
-def _parts(chosen: Tensor, count: int) -> Sequence[Tensor]:
-    """Where ``chosen`` (bool [n]) holds, in at most ``count`` parts of about the same size."""
+def _fresh(student: nn.Module, trajectories: Trajectories) -> Rollout:
+    """Each trajectory from its noise to its step, by the student as it is now."""
+    step, grid = trajectories.step[:, None], trajectories.batch.grid
+    query = Query(step, grid.sigmas[step])
+    return rollout(student, trajectories.noise(), trajectories.batch.condition, grid, query)
+
+
+def _in_parts(trajectories: Trajectories, size: int) -> list[Trajectories]:
+    return [trajectories[rows] for rows in torch.arange(len(trajectories)).split(size)]
+
+
+def _passes(chosen: Tensor, size: int) -> Sequence[Tensor]:
+    """Where ``chosen`` (bool [n]) holds, in as few parts of at most ``size`` as possible, all about as large."""
     rows = chosen.nonzero().squeeze(1)
-    return rows.chunk(count) if len(rows) else ()
+    return rows.chunk(math.ceil(len(rows) / size)) if len(rows) else ()

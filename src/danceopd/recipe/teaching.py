@@ -71,7 +71,8 @@ class RolloutPart(Part):
     pool: int | None = Field(
         default=None,
         ge=1,
-        description="Streaming: trajectories in flight, at least train.batch_size; twice it is cheap.",
+        description="Streaming: trajectories in flight. Twice train.batch_size is cheap with stratified routing; "
+        "per: step needs as many for each route.",
     )
     staleness_steps: int = Field(
         default=0, ge=0, description="Streaming: updates between measurements of staleness; 0 for never."
