@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_suites import TINY, write
 
 from danceopd.comparison.claims import verdict
@@ -10,6 +11,7 @@ from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.suite import SuiteError, load_suite
 from danceopd.runs import train
+from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.trainer import Trainer
 
@@ -139,6 +141,21 @@ def test_a_cached_run_whose_sources_changed_is_refused(tmp_path):
         state.write_text(json.dumps(content))
     with pytest.raises(CheckpointFailure, match="shapes:edit"):
         compare(path, out=out, resume=True)
+
+
+def test_equal_compute_buys_as_many_updates_as_predicted_and_is_spent(tmp_path):
+    """Fresh rollouts are of random depth; a pool is paid for once."""
+    methods = {
+        "danceopd": {},
+        "streaming": {"rollout.mode": "streaming", "rollout.pool": 8, "routing.stratified": True},
+    }
+    path = write(tmp_path, methods=methods, updates=1, compute=700.0)
+    entries = read_comparison(compare(path, out=tmp_path / "out"))["measures"]["scores"]["views"]["compute"]
+    for name, recipe in load_suite(path).recipes.items():
+        calls = assemble(recipe, device=torch.device("cpu")).method.expected_calls()
+        assert (calls.once > 0) == (name == "streaming")
+        assert entries[name]["updates"] == int((700 - calls.once) / (4 * calls.forward_equivalents))
+        assert entries[name]["compute"] == pytest.approx(700, rel=0.08)
 
 
 def test_more_scenes_and_further_measures_train_nothing_again(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """A recipe's fields made live: what is held, what is shared, what each is told."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from storage import held
 
+from danceopd.exports import export
 from danceopd.families.shapes import WEIGHTS, ShapesFamily, ShapesModel
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.hub import Located
@@ -20,6 +22,7 @@ from danceopd.training import fields as live_fields
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.fields import FieldLoader, Sources, adapter_backbone
+from danceopd.training.trainer import load_run
 
 CPU = torch.device("cpu")
 TEACHERS = ["edit", "local", "global", "realism"] * 2
@@ -103,6 +106,22 @@ def test_loras_over_one_checkpoint_share_one_copy_of_it(tiny, checkpoint):
     sentence = plan(assembly).routes[0]
     assert f"taught by lora shapes:realism x 0.5 over checkpoint {checkpoint}" in sentence
     assert set(assembly.hashes) >= {"shapes:base", "shapes:edit", "shapes:realism", "shapes:global", str(checkpoint)}
+
+
+def test_full_checkpoints_and_loras_merge_into_a_student_of_all_weights(tiny, checkpoint, tmp_path):
+    texts = [*OVER, "method=weight_merge", "query={}", "rollout={}", "routing={}", "train={steps: 0, precision: fp32}"]
+    merge = "student={init: {t2i: 1.0, both: 2.0, full: 1.0}, lora: null}"
+    recipe = tiny(*(text.replace("FULL", str(checkpoint)) for text in [*texts, merge]))
+    folder = train(recipe)
+    assembly, _ = load_run(folder, device=CPU)
+    base, whole = ShapesFamily().load_model().network, ShapesFamily().load_model(checkpoint).network
+    both, lora = ShapesFamily().load_model(checkpoint).network, load_lora(WEIGHTS / "realism.safetensors")
+    merge_lora(both, replace(lora, alpha=lora.alpha / 2))
+    parts = [dict(network.named_parameters()) for network in (base, both, whole)]
+    for name, found in assembly.student.network.named_parameters():
+        expected = sum(w * part[name].float() for w, part in zip((0.25, 0.5, 0.25), parts, strict=True))
+        torch.testing.assert_close(found, expected, msg=name)
+    assert export(folder, tmp_path / "merged.safetensors") < 1e-3
 
 
 def loader_for(recipe, device):

@@ -132,7 +132,7 @@ def test_check_predicts_each_methods_cost(tiny):
         (["method=flow_opd", PLAIN, "flow_opd={group_size: 2, anchor_weight: 1.0}"], "belong together"),
         (["method=flow_opd", PLAIN, "flow_opd={group_size: 1, gradient: score}"], "groups of at least 2"),
         (["method=diffusion_opd", PLAIN, "routing={per: step}"], "holds every route"),
-        (["student={init: {t2i: 1.0}, init_mode: merged}"], "at least one LoRA field"),
+        (["student={init: {t2i: 1.0}, init_mode: merged}"], "at least one field with weights of its own"),
         (["student={init: {edit: 1.0}}"], "init_mode: merged"),
         (["train.optimizer=muon", "student={lora: null}"], "needs a LoRA student"),
         (["student={init: {edit: -1.0}, init_mode: merged}"], "positive weights"),

@@ -111,7 +111,7 @@ class Recipe(Part):
         for name in init if isinstance(init, dict) else [init] if init != "base" else []:
             self._check_start(name, merged=isinstance(init, dict))
         if isinstance(init, dict) and all(self.fields[name].base for name in init):
-            raise ValueError("student.init: a merge needs at least one LoRA field")
+            raise ValueError("student.init: a merge needs at least one field with weights of its own")
         self._check_method()
         if self.train.optimizer == "muon" and self.student.lora is None:
             raise ValueError(
@@ -131,7 +131,7 @@ class Recipe(Part):
         made = None if name not in self.fields else list(self.fields[name].references)
         if made == ["lora"] or (made == [] and merged and self.fields[name].base):
             return
-        if made in (["checkpoint"], ["lora", "checkpoint"]) and not merged:
+        if made in (["checkpoint"], ["lora", "checkpoint"]):
             if self.student.lora is None:
                 return
             raise ValueError(
@@ -140,7 +140,7 @@ class Recipe(Part):
             )
         raise ValueError(
             f"student.init: {name!r} is neither 'base' nor the name of a field of this recipe's base with weights of "
-            "its own ('lora', and for a single init 'checkpoint')"
+            "its own ('lora' or 'checkpoint')"
         )
 
     def _check_route(self, index: int, route: RoutePart) -> None:

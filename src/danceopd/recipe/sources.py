@@ -96,8 +96,8 @@ class StudentPart(Part):
 
     init: str | dict[str, float] = Field(
         default="base",
-        description="'base', the name of a LoRA field to start from (under 'lora: null' also of a checkpoint's), or "
-        "{field: weight, ...} for the weight merge of LoRA fields.",
+        description="'base', the name of a field to start from, or {field: weight, ...} for a weight merge. Fields of "
+        "full checkpoints need 'lora: null'.",
     )
     init_mode: Literal["trainable", "merged"] = Field(
         default="trainable",

@@ -5,16 +5,15 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from danceopd.baselines.diffusion_opd import DiffusionOPD
 from danceopd.baselines.flow_opd import FlowOPD
 from danceopd.baselines.joint import JointTraining
-from danceopd.baselines.merge import merged_loras
+from danceopd.baselines.merge import merged_loras, merged_weights
 from danceopd.baselines.soft_mixing import soft_mixing
 from danceopd.data.examples import Bucket
 from danceopd.distill.method import Method
@@ -30,12 +29,12 @@ from danceopd.families.registry import load_family, takes
 from danceopd.fields.adapters import AdapterField
 from danceopd.fields.field import VelocityField
 from danceopd.fields.guidance import GuidedField
-from danceopd.fields.lora import Lora
 from danceopd.fields.mixture import MixtureField
+from danceopd.fields.teachers import merge_lora
 from danceopd.recipe import Recipe, RecipeError, RoutePart
 from danceopd.training.fields import FieldInput, FieldLoader, Sources, adapter_backbone
 from danceopd.training.inputs import RouteSamples, route_examples, use_cache
-from danceopd.training.student import Student
+from danceopd.training.student import Start, Student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ def _open_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     mixtures = {name: part.mixture for name, part in recipe.fields.items() if part.mixture is not None}
     fields |= {name: MixtureField([fields[member] for member in mixture]) for name, mixture in mixtures.items()}
     inputs = {name: told for name, (_, told) in bare.items() if plain[name].told_apart}
-    student = Student(recipe, family, backbone, *_start(recipe, family, sources))
+    student = Student(recipe, family, backbone, _start(recipe, family, sources))
     family.to(device, network=False)
     use_cache(recipe, list(dict.fromkeys([family, *(each.family for each in inputs.values())])))
     if recipe.train.gradient_checkpointing:
@@ -226,23 +225,29 @@ def _query(recipe: Recipe, per_rollout: int) -> QueryBand:
     return BANDS[recipe.query.band](over=recipe.query.over, per_rollout=per_rollout)
 
 
-def _start(recipe: Recipe, family: Family, sources: Sources) -> tuple[Lora | None, Path | None]:
-    """What the student starts from: one LoRA, or none, over a full checkpoint, or None for the base."""
-
-    def source(name: str) -> Lora | None:
-        part = recipe.fields[name]
-        if part.lora is None:
-            return None
-        lora = family.load_lora(sources.file(part.lora, "lora", family))
-        return replace(lora, alpha=lora.alpha * part.lora_scale)
+def _start(recipe: Recipe, family: Family, sources: Sources) -> Start:
+    def source(name: str) -> Start:
+        part, lora = recipe.fields[name], None
+        if part.lora is not None:
+            lora = family.load_lora(sources.file(part.lora, "lora", family))
+            lora = replace(lora, alpha=lora.alpha * part.lora_scale)
+        return Start(lora, None if part.checkpoint is None else sources.file(part.checkpoint, "checkpoint", family))
 
     init = recipe.student.init
-    if isinstance(init, dict):
-        return merged_loras([(source(name), weight) for name, weight in init.items()]), None
-    if init == "base":
-        return None, None
-    checkpoint = recipe.fields[init].checkpoint
-    return source(init), None if checkpoint is None else sources.file(checkpoint, "checkpoint", family)
+    if not isinstance(init, dict):
+        return Start() if init == "base" else source(init)
+    starts = [(source(name), weight) for name, weight in init.items()]
+    if all(start.checkpoint is None for start, _ in starts):
+        return Start(merged_loras([(start.lora, weight) for start, weight in starts]))
+    return Start(average=merged_weights([(_weights(family, start), weight) for start, weight in starts]))
+
+
+def _weights(family: Family, start: Start) -> dict[str, Tensor]:
+    """The whole network that a source is, in float32, by name."""
+    network = family.load_model(start.checkpoint).get_submodule("network").float()
+    if start.lora is not None:
+        merge_lora(network, start.lora)
+    return network.state_dict()
 
 
 def _method(

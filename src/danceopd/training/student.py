@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from danceopd.families.family import Family
 from danceopd.fields.adapters import AdapterBackbone, AdapterModel
@@ -19,32 +20,39 @@ STUDENT, START = "student", "student_start"
 """Adapter names on the shared backbone: the trained one, and the frozen one it may stand on."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a student starts from: the base, or a LoRA over it.
+
+    A student of all weights also a full ``checkpoint``, with or without a LoRA over it, or the ``average`` of several
+    networks, weights by name.
+    """
+
+    lora: Lora | None = None
+    checkpoint: Path | None = None
+    average: Mapping[str, Tensor] | None = None
+
+
 class Student:
     """What is trained, in float32: a LoRA on the fields' own backbone, or a network of its own.
 
     ``model(z, sigma, condition)`` is the student outside every field's call.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        family: Family,
-        backbone: AdapterBackbone,
-        start: Lora | None,
-        checkpoint: Path | None = None,
-    ) -> None:
-        """start: a LoRA over the base, or over the full ``checkpoint`` that a student of all weights starts from."""
-        part = recipe.student
+    def __init__(self, recipe: Recipe, family: Family, backbone: AdapterBackbone, begun: Start) -> None:
+        part, start = recipe.student, begun.lora
         self.start = start if part.lora is None or part.init_mode == "merged" else None
         """The LoRA that stands, frozen or merged, under what is trained."""
         self._backbone = backbone
         self._lora = part.lora
         self.model: nn.Module
         if part.lora is None:
-            self.model = family.load_model(checkpoint)
+            self.model = family.load_model(begun.checkpoint)
             self.network = self.model.get_submodule("network").float()
             if start is not None:
                 merge_lora(self.network, start)
+            if begun.average is not None:
+                self.network.load_state_dict(begun.average)
             self.network.requires_grad_(True)
             self.parameters: dict[str, nn.Parameter] = dict(self.network.named_parameters())
             return
