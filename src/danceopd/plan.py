@@ -143,7 +143,7 @@ def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
     kept: list[float] = []
     with autocast(torch.device(assembly.method.device), assembly.recipe.train.precision):
         for index in range(len(assembly.method.routes)):
-            most = min(recipe.train.batch_size, assembly.method.most_samples(index) or recipe.train.batch_size)
+            most = min(micro_batch, assembly.method.most_samples(index) or micro_batch)
             counts = (few, 2 * few) if 2 * few <= most else (min(few, most),)
             found = [_activation_bytes(assembly, index, count, generator) for count in counts]
             kept.append(_extended(counts, found, to=micro_batch))

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,8 +161,13 @@ def test_equal_compute_buys_as_many_updates_as_predicted_and_is_spent(tmp_path):
 
 def test_more_scenes_and_further_measures_train_nothing_again(tmp_path, monkeypatch):
     path, out = write(tmp_path, methods={"danceopd": {}}), tmp_path / "out"
-    compare(path, out=out)
+    first = read_comparison(compare(path, out=out))
     monkeypatch.setattr(Trainer, "update", lambda trainer: pytest.fail("trained again"))
+    early = next(file for file in out.rglob("points/000002-*.json"))
+    whole = early.read_text()
+    early.unlink()
+    compare(path, out=out, resume=True)
+    assert early.read_text() == whole  # taken again from the weights of that update, though the run is further on
     recipe = TINY["recipe"] | {"evaluate": {"scenes_per_task": 3, "num_inference_steps": 2, "seed": 1}}
     summary = read_comparison(
         compare(
@@ -169,14 +175,35 @@ def test_more_scenes_and_further_measures_train_nothing_again(tmp_path, monkeypa
         )
     )
     assert summary["scenes_per_task"] == 3
+    for view, entries in first["measures"]["scores"]["views"].items():
+        again, entry = summary["measures"]["scores"]["views"][view]["danceopd"], entries["danceopd"]
+        assert (again["updates"], again["compute"]) == (entry["updates"], entry["compute"])
     assert set(summary["measures"]) == {"scores", "staleness"}
+
+
+def test_a_stop_while_the_weights_of_a_point_are_kept_loses_nothing(tmp_path, monkeypatch):
+    path, out = write(tmp_path, compute=None, methods={"joint": JOINT}, reference="joint"), tmp_path / "out"
+    copy = shutil.copyfile
+
+    def stopped(source, target):
+        if source.name == "state.json":
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare(path, out=out)
+    assert not list(out.rglob("points/000002"))
+    monkeypatch.setattr(Trainer, "update", lambda trainer: pytest.fail("trained again"))
+    compare(path, out=out, resume=True)
 
 
 def test_a_run_that_went_past_a_point_says_so(tmp_path):
     only = {"compute": None, "recipe": _saved_often(), "methods": {"joint": JOINT}, "reference": "joint"}
     out = tmp_path / "out"
     train(load_suite(write(tmp_path, **only)).run_recipe("joint", seed=0, updates=6, root=out / "trained"))
-    with pytest.raises(ComparisonError, match="already at update 6 and was never measured at 2; remove that folder"):
+    with pytest.raises(ComparisonError, match="at update 6 and its weights at 2 were not kept; remove it"):
         compare(write(tmp_path, **only), out=out)
     compare(write(tmp_path, **only, updates=5), out=out, resume=True)  # whose checkpoint is still there
 

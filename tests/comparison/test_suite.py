@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_suites import SEARCH, TINY, write
 
-from danceopd.comparison.suite import SuiteError, load_suite, updates_within
+from danceopd.comparison.suite import _DEFAULTS, SuiteError, load_suite, updates_within
+from danceopd.recipe import Recipe
 from danceopd.training.assemble import assemble
 
 SUITES = sorted((Path(__file__).parents[2] / "suites").glob("*.yaml"))
@@ -114,6 +116,26 @@ def test_what_a_run_is_cached_by(tmp_path):
     assert suite.fingerprint("danceopd") != other.fingerprint("danceopd")
     said = load_suite(write(tmp_path, methods={**TINY["methods"], "danceopd": {"train.max_grad_norm": 1.0}}))
     assert suite.fingerprint("danceopd") == said.fingerprint("danceopd")  # so a new key with a default orphans no run
+
+
+def defaults():
+    schema = Recipe.model_json_schema()
+    return {
+        f"{part}.{key}": value["default"]
+        for part, content in {"Recipe": schema, **schema["$defs"]}.items()
+        for key, value in content["properties"].items()
+        if not isinstance(value.get("default", {}), dict) and part != "EvaluatePart"
+    }
+
+
+def test_a_changed_default_makes_every_run_another():
+    """Fingerprints leave defaults out. New keys may come; a default that changed needs the next ``_DEFAULTS``."""
+    file = Path(__file__).with_name("defaults.json")
+    recorded = json.loads(file.read_text())
+    assert recorded["number"] == _DEFAULTS
+    assert (
+        defaults().items() >= {key: value for key, value in recorded["defaults"].items() if key in defaults()}.items()
+    )
 
 
 def test_a_suites_files_are_relative_to_the_suite(tmp_path):

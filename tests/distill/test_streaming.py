@@ -130,6 +130,20 @@ def test_every_step_is_held_by_as_many_trajectories_and_trained_as_its_band_says
     assert (method.band_distance() > 0.05) == (pool == 16)
 
 
+def test_a_routes_changing_number_is_in_its_chances(rng):
+    """Unstratified, two equal routes have 8 of 16 samples in the mean; the capped steps are then not always trained."""
+    routes = [d.Route(name, GaussianField(0, 1), Numbered()) for name in "ab"]
+    method, updates = streaming(*routes, stratified=False, pool=32, batch_size=16), 800
+    for _ in range(updates):
+        method.step(Elementwise(), batch_size=16, generator=rng)
+    expected, at_its_mean = method.selection()[0], streaming(*routes, pool=32, batch_size=16).selection()[0]
+    assert float(expected.sum()) * 32 / method.length == pytest.approx(16)
+    error = (expected * (1 - expected) / (4 * updates)).sqrt()
+    found = method.trajectories.trained / (4 * updates)
+    assert bool(((found - expected).abs() < 4.5 * error).all())
+    assert bool(((found - at_its_mean).abs() > 4.5 * error).any())  # which would be wrong
+
+
 def test_an_update_of_one_route_trains_its_steps_as_the_band_says(rng):
     """Per step a route's trajectories are trained in the updates that are its own, three of four here."""
     routes = [d.Route(name, GaussianField(0, 1), Numbered(), weight=w) for name, w in (("a", 3), ("b", 1))]
@@ -364,7 +378,8 @@ def test_micro_batches_change_the_passes_and_not_the_update():
     def gradient(count):
         student, sizes = TinyNet(), []
         student.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
-        method, generator = plain(d.ModelField(TinyNet(seed=1))), torch.Generator().manual_seed(4)
+        generator = torch.Generator().manual_seed(4)
+        method = plain(d.ModelField(TinyNet(seed=1)), largest_pass=8 // count)
         for _ in range(10):
             student.zero_grad()
             options = {"backward": lambda loss: loss.backward(), "micro_batches": count}
@@ -375,6 +390,8 @@ def test_micro_batches_change_the_passes_and_not_the_update():
         return [p.grad for p in student.parameters()], group, result
 
     (one, group, whole), (two, other, parts) = gradient(1), gradient(4)
+    with pytest.raises(ValueError, match="4 micro-batches of 8 samples need a largest_pass of 2, found 8"):
+        plain().update(TinyNet(), batch_size=8, micro_batches=4, generator=torch.Generator())
     torch.testing.assert_close(one, two)
     assert torch.equal(group.seed, other.seed)
     torch.testing.assert_close(group.z, other.z)
@@ -464,9 +481,9 @@ def test_no_pass_is_larger_than_told_and_small_groups_share_theirs(rng):
     student.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
     routes = [d.Route(str(size), GaussianField(0, 1), Numbered(size=size)) for size in range(3, 11)]
     method = streaming(*routes, pool=64, batch_size=16, largest_pass=4, staleness_updates=1)
-    method.step(student, batch_size=16, generator=rng, micro_batches=4)
+    method.step(student, batch_size=16, generator=rng)
     sizes.clear()
-    method.step(student, batch_size=16, generator=rng, micro_batches=4)
+    method.step(student, batch_size=16, generator=rng)
     assert len(sizes) == 8 + 2 * 8  # two trained states of each shape at once, and six others in twos of three or four
     method.diagnostics(student)
     assert max(sizes) <= 4

@@ -37,9 +37,10 @@ class FlowOPD(Method):
     gradient: see the module. eta: the sampler's noise.
     group_size: rollouts of one condition, and so of one route; ``score`` measures its rewards against the mean of the
         group's others. The other gradients make no use of it, and see more conditions with groups of 1.
-    normalize: divide ``score``'s advantages by their deviation over the group (as GRPO does).
-    advantage_clip: advantages are clipped to +- this. ratio_clip: PPO's clip of the probability ratio; every rollout
-        serves one update, so the ratio is 1 when its gradient is taken.
+    normalize: divide ``score``'s advantages by their deviation over the group (as GRPO does), and clip them to
+        +- ``advantage_clip`` deviations. Only without it is the expectation of ``score`` -grad KL.
+    ratio_clip: PPO's clip of the probability ratio; every rollout serves one update, so the ratio is 1 when its
+        gradient is taken.
     anchor, anchor_weight: a field that the student is held near: + weight * KL(pi_S || pi_anchor) at every step.
 
     The update's loss is the sum over the N steps, mean over samples and elements. Normalised advantages multiply
@@ -136,14 +137,13 @@ class FlowOPD(Method):
         arrived = mean.detach() + per_sample(move.std, z) * noise
         if self.gradient == "score":
             reward = move.log_probability(arrived, aim) - move.log_probability(arrived, mean.detach())
-            # Reward and log-probability are means over elements; their product is short of a mean by the number.
-            advantage = group_advantage(
-                reward * (1 if self.normalize else z[0].numel()), self.group_size, self.normalize
-            )
+            advantage = group_advantage(reward, self.group_size, self.normalize)
+            if self.normalize:
+                advantage = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+            else:  # reward and log-probability are means over elements; their product is short of one by the number
+                advantage = advantage * z[0].numel()
             logp = move.log_probability(arrived, mean)
-            loss = -clipped_surrogate(
-                logp, logp.detach(), advantage.clamp(-self.advantage_clip, self.advantage_clip), self.ratio_clip
-            )
+            loss = -clipped_surrogate(logp, logp.detach(), advantage, self.ratio_clip)
         else:
             loss = _step_size(batch.grid, j) * move.divergence(mean, aim)
         if to_go is not None:

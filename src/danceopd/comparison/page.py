@@ -38,7 +38,9 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['seeds']} seed(s), {summary['scenes_per_task']} scenes per task; mean (95 % interval "
         + ("over seeds and scenes)." if summary["seeds"] > 1 else "over scenes; one seed says nothing of others).")
     ]
-    if summary["part"] is not None:
+    if summary["seeds"] == 2:
+        lines.append("Two seeds are few: where they agree by chance, the interval is too narrow (as few as 86 % hold).")
+    if summary.get("part") is not None:
         lines.append(f"A part of the suite: {summary['part']}.")
     if summary["paper"] is not None:
         lines.append(f"The paper's figures (arXiv 2606.27377), on other models and benchmarks: {summary['paper']}.")

@@ -158,8 +158,8 @@ def _trained_to(recipe: Recipe, folder: RunFolder) -> Path:
     if recipe.train.steps not in reached:
         if reached and max(reached) > recipe.train.steps:
             raise ComparisonError(
-                f"{folder.path} is already at update {max(reached)} and was never measured at {recipe.train.steps}; "
-                "remove that folder to train it again"
+                f"{folder.path} is already at update {max(reached)} and its weights at {recipe.train.steps} were not "
+                "kept; remove it to train it again"
             )
         train(recipe, resume=True)
         reached = {load_checkpoint_state(path).step: path for path in checkpoints(folder.checkpoints)}

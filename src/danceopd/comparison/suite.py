@@ -19,7 +19,7 @@ from danceopd.recipe import IDLE, Recipe, RecipeError, override, parse_recipe, r
 from danceopd.recipe.wording import explain
 
 _DEFAULTS = 1
-"""Raised when a recipe's default changes, which no fingerprint holds: new keys leave old runs their names."""
+"""Raised when a recipe's default changes, which no fingerprint holds: new keys leave old runs their folders."""
 
 
 class SuiteError(ValueError):

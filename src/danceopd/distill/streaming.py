@@ -37,7 +37,7 @@ class StreamingDanceOPD(VelocityMatching):
     pool: trajectories in flight, P. A route has its share of them for good (per step: all routes the same), spread
         evenly over the steps.
     batch_size: trained states of an update, A, that ``expected_calls`` and the demands on the pool are about.
-    largest_pass: samples of one network call at most; ``batch_size`` by default.
+    largest_pass: samples of one network call at most (a micro-batch); ``batch_size`` by default.
     staleness_updates: updates between measurements of staleness in ``diagnostics``; 0 for never.
 
     An update trains as many trajectories of each route as its samples were routed there. One at step j is among them
@@ -156,17 +156,25 @@ class StreamingDanceOPD(VelocityMatching):
     def selection(self, members: Tensor | None = None) -> Tensor:
         """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T].
 
-        Where a route's number of samples changes from update to update (``per="sample"`` without ``stratified``), this
-        is the chance at its mean, and the true one lies below where the minimum binds.
+        Where a route's number of samples changes from update to update, the mean over these numbers.
 
         members: trajectories of each route; those of the pool by default.
         """
-        rows, members = [], self.members if members is None else members
-        for share, count in zip(self.shares.tolist(), members.tolist(), strict=True):
-            trained = self.batch_size * (1 if self.per == "step" else share)
-            often = share if self.per == "step" else 1.0
-            rows.append(often * inclusion_probabilities(self.mass, min(trained / count, 1.0) * self.length))
+        members, shares = self.members if members is None else members, self.shares.tolist()
+        rows = [self._chance(share, count) for share, count in zip(shares, members.tolist(), strict=True)]
         return torch.stack(rows)
+
+    def _chance(self, share: float, members: int) -> Tensor:
+        def trained(samples: float) -> Tensor:
+            return inclusion_probabilities(self.mass, min(samples / members, 1.0) * self.length)
+
+        if self.per == "step":
+            return share * trained(self.batch_size)
+        if self.stratified or share == 1.0:
+            return trained(share * self.batch_size)
+        samples = torch.distributions.Binomial(self.batch_size, torch.tensor(share, dtype=torch.float64))
+        odds = samples.log_prob(torch.arange(self.batch_size + 1, dtype=torch.float64)).exp()
+        return sum(float(chance) * trained(count) for count, chance in enumerate(odds))
 
     def expected_calls(self) -> ExpectedCalls:
         """Per trained sample P / A - 1 calls that only walk, less those that would leave a trajectory's last step."""
@@ -187,32 +195,28 @@ class StreamingDanceOPD(VelocityMatching):
         generator: torch.Generator,
         routes: Tensor | None = None,
         backward: Callable[[Tensor], None] | None = None,
-        micro_batches: int = 1,
     ) -> StepResult:
         """Loss of one update on the live student; arguments as in ``DanceOPD.step``. All trajectories move one step.
-
-        micro_batches: no network call takes more than the constructor's ``batch_size`` over this.
 
         Raises:
             ValueError: if a route has fewer trajectories in the band than samples.
         """
         chosen = self.draw_routes(batch_size, generator) if routes is None else routes
-        size = min(self._largest_pass, math.ceil(self.batch_size / micro_batches))
-        calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator, size)
+        calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator)
         losses = self.losses(batch_size, backward)
         moved = []
         for members, trained in self._select(chosen, generator):
             sigmas = members.batch.grid.sigmas
             sigma, there = sigmas[members.step].to(self.device), sigmas[members.step + 1].to(self.device)
             velocity = torch.zeros_like(members.z)
-            for rows in _passes(trained, size):
+            for rows in _passes(trained, self._largest_pass):
                 part, at = members[rows], Query(members.step[rows, None], sigmas[members.step[rows, None]])
                 matched = self.match(student, part.batch, part.z, at)
                 losses.add(part.batch.route, matched.losses, at.sigma[:, 0])
                 velocity[rows.to(self.device)] = matched.velocity.detach().float()
                 calls += matched.calls
             walking = ~trained & (members.step + 1 < self.length)
-            for rows in _passes(walking, size):
+            for rows in _passes(walking, self._largest_pass):
                 part = members[rows]
                 with torch.no_grad():
                     v = student(part.z, sigma[rows.to(self.device)], part.batch.condition)
@@ -233,9 +237,17 @@ class StreamingDanceOPD(VelocityMatching):
         generator: torch.Generator,
         backward: Callable[[Tensor], None] | None = None,
     ) -> list[StepResult]:
-        """One step of all trajectories, however many passes it takes: the choice is made over the whole pool."""
-        passes = {"micro_batches": micro_batches, "backward": backward}
-        return [self.step(student, batch_size=batch_size, generator=generator, **passes)]
+        """One step of all trajectories, however many passes it takes: the choice is made over the whole pool.
+
+        Raises:
+            ValueError: if ``largest_pass`` is more than a micro-batch.
+        """
+        if self._largest_pass > math.ceil(batch_size / micro_batches):
+            raise ValueError(
+                f"{micro_batches} micro-batches of {batch_size} samples need a largest_pass of "
+                f"{math.ceil(batch_size / micro_batches)}, found {self._largest_pass}"
+            )
+        return [self.step(student, batch_size=batch_size, generator=generator, backward=backward)]
 
     def state(self) -> dict[str, Tensor]:
         return self.trajectories.state()
@@ -282,7 +294,7 @@ class StreamingDanceOPD(VelocityMatching):
         return list(zip(pool.groups, trained.split([len(group) for group in pool.groups]), strict=True))
 
     @torch.no_grad()
-    def _fill(self, student: nn.Module, generator: torch.Generator, size: int) -> NetworkCalls:
+    def _fill(self, student: nn.Module, generator: torch.Generator) -> NetworkCalls:
         """Start all trajectories, each rolled out afresh to a step of its own, evenly spread for every route."""
         pool, calls = self.trajectories, 0
         pool.trained = torch.zeros(len(self._band), dtype=torch.int64)
@@ -292,7 +304,7 @@ class StreamingDanceOPD(VelocityMatching):
             for new in self._begin(route[torch.cat(steps) == step], generator):
                 pool.add(replace(new, step=torch.full_like(new.step, step)))
         for index, group in enumerate(pool.groups):
-            rolled = [_fresh(student, part) for part in _in_parts(group, size)]
+            rolled = [_fresh(student, part) for part in _in_parts(group, self._largest_pass)]
             pool.groups[index] = replace(group, z=torch.cat([part.states[:, 0] for part in rolled]))
             calls += sum(part.calls for part in rolled)
         return NetworkCalls(rollout=calls)

@@ -258,6 +258,8 @@ class Recipe(Part):
             idle["diffusion_opd"] = ("eta",)
         if self.flow_opd.gradient != "score":
             idle["flow_opd"] = ("normalize", "advantage_clip", "ratio_clip")
+        elif not self.flow_opd.normalize:
+            idle["flow_opd"] = ("advantage_clip",)
         for name, keys in idle.items():
             part = getattr(self, name)
             for key in keys:

@@ -127,7 +127,7 @@ class FlowOPDPart(Part):
     eta: float = number(default=0.7, gt=0, description="Noise of the rollout.")
     group_size: int = Field(default=16, ge=1, description="Rollouts of one condition.")
     normalize: bool = Field(default=True, description="Divide score's advantages by their deviation in the group.")
-    advantage_clip: float = number(default=5.0, gt=0, description="Advantages are clipped to +- this.")
+    advantage_clip: float = number(default=5.0, gt=0, description="Normalised advantages are clipped to +- this.")
     ratio_clip: float = number(default=1e-4, gt=0, description="PPO's clip of the probability ratio.")
     anchor: str | None = Field(default=None, description="A field that the student is held near.")
     anchor_weight: float = number(default=0.0, ge=0, description="Weight of the KL to the anchor.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,22 @@ def save_checkpoint(
 
 
 def keep_averaged(checkpoint: Path, target: Path) -> None:
-    """Copy what scoring needs of a checkpoint, its averaged weights and ``state.json``, where none is ever deleted."""
-    aside = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Copy what scoring needs of a checkpoint, its averaged weights and ``state.json``, where none is ever deleted.
+
+    A copy that stands is whole and is left alone.
+    """
+    aside = target.with_name(f".writing-{target.name}-{uuid.uuid4().hex}")
     aside.mkdir(parents=True)
-    for name in ("ema.safetensors", "state.json"):
-        shutil.copyfile(checkpoint / name, aside / name)
-    aside.rename(target)
+    try:
+        for name in ("ema.safetensors", "state.json"):
+            shutil.copyfile(checkpoint / name, aside / name)
+            _sync(aside / name)
+        _sync(aside)
+        if not target.exists():
+            aside.rename(target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
