@@ -174,7 +174,7 @@ class StreamingDanceOPD(VelocityMatching):
             return trained(share * self.batch_size)
         samples = torch.distributions.Binomial(self.batch_size, torch.tensor(share, dtype=torch.float64))
         odds = samples.log_prob(torch.arange(self.batch_size + 1, dtype=torch.float64)).exp()
-        return sum(float(chance) * trained(count) for count, chance in enumerate(odds))
+        return torch.stack([chance * trained(count) for count, chance in enumerate(odds)]).sum(0)
 
     def expected_calls(self) -> ExpectedCalls:
         """Per trained sample P / A - 1 calls that only walk, less those that would leave a trajectory's last step."""
