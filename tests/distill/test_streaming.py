@@ -515,6 +515,7 @@ def test_initial_steps_are_even(rng):
             {"stratified": False, "pool": 16, "weight": 4},
             "'b', which has 3 .*; 40 is enough, 16 with stratified routing",
         ),
+        ({"largest_pass": 0}, "largest_pass is at least 1, found 0"),
         ({"per": "step", "pool": 16}, "are 39% from the query band .*; 24 is enough"),
     ],
 )

@@ -122,6 +122,8 @@ def test_full_checkpoints_and_loras_merge_into_a_student_of_all_weights(tiny, ch
         expected = sum(w * part[name].float() for w, part in zip((0.25, 0.5, 0.25), parts, strict=True))
         torch.testing.assert_close(found, expected, msg=name)
     assert export(folder, tmp_path / "merged.safetensors") < 1e-3
+    with pytest.raises(RecipeError, match=r"'both' is a full checkpoint, which no LoRA .*student\.lora: null"):
+        tiny(*texts, "student={init: {t2i: 1.0, both: 2.0}, init_mode: merged}")
 
 
 def loader_for(recipe, device):

@@ -4,11 +4,11 @@ The student's SDE sampler is the policy pi_S(z' | z) = N(mu_S, std^2), the route
 a step's cost is |dt| KL(pi_S || pi_T) = mean (mu_S - mu_T)^2 / (2 s^2). Three gradients of it are offered:
 
 ``pathwise`` (the default) differentiates the cost at each visited state, as the released code does. ``score`` is the
-policy gradient with reward log pi_T - log pi_S at the sampled z', whose expectation is -grad KL: the loss falls as the
-KL does. ``total`` adds to
-``pathwise`` what each step does to the costs of the steps after it (reward-to-go times score): the whole gradient of
-the rollout's summed cost. What is NOT offered is the cost, detached, times the score of the same step: given z, the
-cost does not depend on z', so that product has expectation zero and teaches nothing.
+policy gradient with reward log pi_T - log pi_S at the sampled z', which ascends by -grad KL in expectation (with
+advantages as they are, not normalised). ``total`` adds to ``pathwise`` what each step does to the costs of the steps
+after it (reward-to-go times score): the whole gradient of the rollout's summed cost. What is NOT offered is the cost,
+detached, times the score of the same step: given z, the cost does not depend on z', so that product has expectation
+zero and teaches nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FlowOPD(Method):
     group_size: rollouts of one condition, and so of one route; ``score`` measures its rewards against the mean of the
         group's others. The other gradients make no use of it, and see more conditions with groups of 1.
     normalize: divide ``score``'s advantages by their deviation over the group (as GRPO does), and clip them to
-        +- ``advantage_clip`` deviations. Only without it is the expectation of ``score`` -grad KL.
+        +- ``advantage_clip`` deviations. Only without it does ``score`` ascend by -grad KL.
     ratio_clip: PPO's clip of the probability ratio; every rollout serves one update, so the ratio is 1 when its
         gradient is taken.
     anchor, anchor_weight: a field that the student is held near: + weight * KL(pi_S || pi_anchor) at every step.

@@ -45,7 +45,8 @@ class StreamingDanceOPD(VelocityMatching):
 
     Raises:
         ValueError: for a band over sigma or several queries per rollout, a router that changes the shares, or a
-            pool that is too small for a route, or so small that the minimum leaves little of the band.
+            pool that is too small for a route, or so small that the minimum leaves little of the band, or a
+            ``largest_pass`` below 1.
     """
 
     pool: int
@@ -72,6 +73,8 @@ class StreamingDanceOPD(VelocityMatching):
                 f"streaming rollouts need per_rollout 1, found {self.query.per_rollout}: how often a trajectory is "
                 "trained follows from the pool"
             )
+        if self.largest_pass is not None and self.largest_pass < 1:
+            raise ValueError(f"largest_pass is at least 1, found {self.largest_pass}")
         asked = self._asked(self.stratified)
         for index, (route, most) in enumerate(zip(self.routes, asked, strict=True)):
             if self.most_samples(index) < most:
@@ -129,7 +132,7 @@ class StreamingDanceOPD(VelocityMatching):
         return (self.shares * self.batch_size - 1e-9).ceil().long().tolist()
 
     def _remedy(self) -> str:
-        """The smallest pool of a multiple of the batch that is large enough."""
+        """What to do about a pool that is too small: the smallest multiple of the batch that is not."""
         enough = [self._enough(stratified) for stratified in (self.stratified, self.per == "sample")]
         if enough[0] == enough[1]:
             return f"; {enough[0]} is enough"

@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from danceopd.baselines.diffusion_opd import DiffusionOPD
 from danceopd.baselines.flow_opd import FlowOPD
@@ -30,11 +30,10 @@ from danceopd.fields.adapters import AdapterField
 from danceopd.fields.field import VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
-from danceopd.fields.teachers import merge_lora
 from danceopd.recipe import Recipe, RecipeError, RoutePart
 from danceopd.training.fields import FieldInput, FieldLoader, Sources, adapter_backbone
 from danceopd.training.inputs import RouteSamples, route_examples, use_cache
-from danceopd.training.student import Start, Student
+from danceopd.training.student import Start, Student, full_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,15 +238,8 @@ def _start(recipe: Recipe, family: Family, sources: Sources) -> Start:
     starts = [(source(name), weight) for name, weight in init.items()]
     if all(start.checkpoint is None for start, _ in starts):
         return Start(merged_loras([(start.lora, weight) for start, weight in starts]))
-    return Start(average=merged_weights([(_weights(family, start), weight) for start, weight in starts]))
-
-
-def _weights(family: Family, start: Start) -> dict[str, Tensor]:
-    """The whole network that a source is, in float32, by name."""
-    network = family.load_model(start.checkpoint).get_submodule("network").float()
-    if start.lora is not None:
-        merge_lora(network, start.lora)
-    return network.state_dict()
+    networks = [(full_model(family, start).get_submodule("network"), weight) for start, weight in starts]
+    return Start(average=merged_weights([(network.state_dict(), weight) for network, weight in networks]))
 
 
 def _method(

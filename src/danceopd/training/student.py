@@ -33,6 +33,17 @@ class Start:
     average: Mapping[str, Tensor] | None = None
 
 
+def full_model(family: Family, start: Start) -> nn.Module:
+    """A model of its own with the weights that ``start`` is, its ``network`` in float32."""
+    model = family.load_model(start.checkpoint)
+    network = model.get_submodule("network").float()
+    if start.lora is not None:
+        merge_lora(network, start.lora)
+    if start.average is not None:
+        network.load_state_dict(start.average)
+    return model
+
+
 class Student:
     """What is trained, in float32: a LoRA on the fields' own backbone, or a network of its own.
 
@@ -47,12 +58,8 @@ class Student:
         self._lora = part.lora
         self.model: nn.Module
         if part.lora is None:
-            self.model = family.load_model(begun.checkpoint)
-            self.network = self.model.get_submodule("network").float()
-            if start is not None:
-                merge_lora(self.network, start)
-            if begun.average is not None:
-                self.network.load_state_dict(begun.average)
+            self.model = full_model(family, begun)
+            self.network = self.model.get_submodule("network")
             self.network.requires_grad_(True)
             self.parameters: dict[str, nn.Parameter] = dict(self.network.named_parameters())
             return
