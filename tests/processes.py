@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,33 @@ def start(recipe: Recipe, path: Path, *options: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_all(recipe: Recipe, path: Path, *options: str, count: int = 2) -> list[subprocess.Popen[str]]:
+    """``danceopd train`` of a recipe by several processes, with what a launcher tells each of them."""
+    path.write_text(dump_recipe(recipe))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "danceopd", "train", str(path), *options],
+            env=os.environ
+            | {key: str(value) for key, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish_all(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    """Exit codes, and what each process wrote to stderr."""
+    ended = [finish(process) for process in processes]
+    return [code for code, _, _ in ended], [err for _, _, err in ended]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -20,8 +20,9 @@ from danceopd.fields.teachers import CheckpointError
 from danceopd.printing import console, print_plan, print_scores, print_stand_ins, print_tiny_run
 from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe
 from danceopd.training.checkpoint import CheckpointFailure
+from danceopd.training.processes import FailedElsewhere, Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
-from danceopd.training.trainer import Interrupted, NonFiniteLoss, SeveralProcesses
+from danceopd.training.trainer import Interrupted, NonFiniteLoss
 from danceopd.world.build import BuildError
 from danceopd.world.text import UnknownWord
 
@@ -123,6 +124,8 @@ def train(
 ) -> None:
     """Train a recipe. Ctrl-C finishes the update, saves, and leaves a run that --resume continues exactly.
 
+    On several devices: `accelerate launch -m danceopd train RECIPE`, or torchrun; batch_size stays that of the update.
+
     With --tiny: two updates in OUTPUT-tiny, an export of the student, and its reload.
     """
     from danceopd.runs import train as run
@@ -135,8 +138,10 @@ def train(
 
         print_tiny_run(run_tiny(loaded))
         return
-    folder = run(loaded, resume=resume)
-    console.print(f"trained; next: danceopd evaluate {folder.path}")
+    processes = Processes.launched()
+    folder = run(loaded, resume=resume, processes=processes)
+    if processes.main:
+        console.print(f"trained; next: danceopd evaluate {folder.path}")
 
 
 @app.command()
@@ -337,9 +342,14 @@ def world_evaluate(
 
 
 def main() -> None:
-    """Run the command line; user errors print one line and exit 2, a stopped run exits 128 + the signal."""
+    """Run the command line; user errors print one line and exit 2, a stopped run exits 128 + the signal.
+
+    Of several processes that fail together, one prints.
+    """
     try:
         app()
+    except FailedElsewhere:
+        sys.exit(2)
     except USER_ERRORS as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {type(error).__name__}: ", end="")
         print(" ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from danceopd.pictures import sample_grid_writer
 from danceopd.recipe import EvaluatePart, Recipe, RecipeError, parse_recipe
 from danceopd.report.overview import write_overview
 from danceopd.report.page import write_report
-from danceopd.training.assemble import assemble, autocast, load_models
+from danceopd.training.assemble import Assembly, assemble, autocast, load_models
 from danceopd.training.checkpoint import latest_checkpoint, load_checkpoint_state
 from danceopd.training.hardware import keep_freed_memory, pick_device, resolve_precision
 from danceopd.training.models import model_source, model_velocities
+from danceopd.training.processes import ALONE, Processes
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import Trainer, load_run_models, prepare_recipe
 from danceopd.world.tasks import EDIT_TASKS, GLOBAL_EDITS, LOCAL_EDITS, T2I_TASKS
@@ -30,31 +32,53 @@ from danceopd.world.tasks import EDIT_TASKS, GLOBAL_EDITS, LOCAL_EDITS, T2I_TASK
 console = Console()
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> RunFolder:
+def train(recipe: Recipe, *, resume: bool = False, processes: Processes = ALONE) -> RunFolder:
     """Train a recipe into its run folder.
+
+    processes: this process of the run's, which all call this; the first one holds the folder.
 
     Raises:
         RecipeError: if the folder already holds a run and ``resume`` is off, or holds another recipe.
+        FailedElsewhere: if another process could not begin.
     """
     folder = RunFolder(Path(recipe.output))
     device = pick_device()
-    with folder.owned():
-        if folder.trained():
-            if not resume:
-                raise RecipeError(
-                    f"{folder.path} already holds a run; continue it with --resume, or choose another output "
-                    "(--set output=DIR)"
-                )
-            recorded = folder.read_recipe()
-            recipe = _same_run(recipe, recorded, folder)
-        else:
-            recipe = prepare_recipe(recipe, device)
-        assembly = assemble(recipe, device=device)
-        folder.write_recipe(recipe)
-        trainer = Trainer(assembly, folder, on_samples=sample_grid_writer(folder))
-        trainer.resume()
+    with ExitStack() as held:
+        with processes.agreeing():
+            if processes.main:
+                held.enter_context(folder.owned())
+                recipe = _begun(recipe, folder, device, resume=resume)
+        recipe = processes.first(recipe)
+        assembly = _assembled(recipe, device, processes)
+        if processes.main:
+            folder.write_recipe(recipe)
+        trainer = Trainer(assembly, folder, on_samples=sample_grid_writer(folder), processes=processes)
+        with processes.agreeing():
+            trainer.resume()
         trainer.run()
     return folder
+
+
+def _begun(recipe: Recipe, folder: RunFolder, device: torch.device, *, resume: bool) -> Recipe:
+    """The recipe as the folder's run has it, or as it is to be run here."""
+    if not folder.trained():
+        return prepare_recipe(recipe, device)
+    if not resume:
+        raise RecipeError(
+            f"{folder.path} already holds a run; continue it with --resume, or choose another output (--set output=DIR)"
+        )
+    return _same_run(recipe, folder.read_recipe(), folder)
+
+
+def _assembled(recipe: Recipe, device: torch.device, processes: Processes) -> Assembly:
+    """The recipe made live on the first process and then on all others, which find in the cache what it encoded."""
+    assembly = None
+    for turn in (processes.main, not processes.main):
+        with processes.agreeing():
+            if turn:
+                assembly = assemble(recipe, device=device, processes=processes)
+    assert assembly is not None
+    return assembly
 
 
 def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:

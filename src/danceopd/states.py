@@ -8,7 +8,7 @@ families translate to and from this; nobody else does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -224,3 +224,8 @@ class StepResult:
     loss: Tensor
     routes: dict[str, RouteResult]
     calls: NetworkCalls
+
+    def detached(self) -> StepResult:
+        """The same figures without their graph, on the CPU."""
+        routes = {name: replace(route, loss=route.loss.detach().cpu()) for name, route in self.routes.items()}
+        return replace(self, loss=self.loss.detach().cpu(), routes=routes)

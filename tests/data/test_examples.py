@@ -37,6 +37,18 @@ def test_a_resumed_bucket_goes_on_exactly():
         Bucket(Numbers(8), seed=3).load_state(state)
 
 
+def test_buckets_of_several_processes_share_out_every_epoch():
+    whole = Bucket(Numbers(11), seed=4)
+    parts = [Bucket(Numbers(11), seed=4, rank=rank, count=3) for rank in range(3)]
+    for _ in range(2):
+        order = prompts(whole, 11)
+        assert [prompts(part, count) for part, count in zip(parts, (4, 4, 3), strict=True)] == [
+            order[0::3],
+            order[1::3],
+            order[2::3],
+        ]
+
+
 def test_an_empty_source_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Bucket(Numbers(0), seed=0)

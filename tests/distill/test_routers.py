@@ -129,14 +129,16 @@ def test_reweighting_leaves_the_losses_that_it_goes_by_alone(rng):
     )
     assert {name: float(route.loss) for name, route in result.routes.items()} == {"one": 9.0, "two": 4.0}
     assert sum(parts) == pytest.approx(float(result.loss)) == pytest.approx(0.25 * 9 + 0.75 * 4)
+    method.observe([result])
     close(router.averages, [9.0, 4.0])
 
 
-def test_an_update_tells_the_router_each_routes_mean_over_all_micro_batches(rng):
+def test_a_router_is_told_each_routes_mean_over_all_parts_of_an_update(rng):
     routes = [d.Route("near", GaussianField(0.1, 1.0), inputs), d.Route("far", GaussianField(3.0, 1.0), inputs)]
     router = d.GapRouter(floor=0.1)
     method = d.DanceOPD(routes=routes, grid=GRID, router=router)
     results = method.update(TinyNet(), batch_size=12, micro_batches=3, generator=rng)
+    method.observe(results)
     means = []
     for name in ("near", "far"):
         parts = [result.routes[name] for result in results if name in result.routes]

@@ -26,8 +26,10 @@ from danceopd.training import trainer as trainer_module
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints
 from danceopd.training.ema import EMA
+from danceopd.training.optimizer import learning_rate_factor
+from danceopd.training.processes import SeveralProcesses
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import NonFiniteLoss, SeveralProcesses, Trainer, learning_rate_factor, load_run
+from danceopd.training.trainer import NonFiniteLoss, Trainer, load_run
 from danceopd.world import generator
 from danceopd.world.generator import GeneratedExamples
 from danceopd.world.render import render
@@ -76,9 +78,9 @@ def test_accumulation_averages_micro_batches_and_keeps_one_route_per_update(tiny
         assert torch.equal(gradient, parameter.grad)
 
 
-def test_several_processes_are_a_users_mistake(tiny, monkeypatch):
+def test_only_train_runs_as_several_processes(tiny, monkeypatch):
     monkeypatch.setattr(trainer_module.Accelerator, "num_processes", 2)
-    with pytest.raises(SeveralProcesses, match="one process, found 2"):
+    with pytest.raises(SeveralProcesses, match="only `danceopd train` runs as several processes, found 2"):
         train(tiny())
     assert SeveralProcesses in USER_ERRORS
 

@@ -51,15 +51,19 @@ class ExampleSource(Protocol):
 class Bucket:
     """Seeded endless passes over a source: a new permutation each epoch, nothing repeated within one.
 
+    rank, count: which of ``count`` buckets over the source this is; each has every ``count``-th of the permutation.
+
     Raises:
-        ValueError: if the source is empty.
+        ValueError: if there are fewer examples than buckets.
     """
 
-    def __init__(self, source: ExampleSource, *, seed: int) -> None:
-        if len(source) == 0:
-            raise ValueError("a route needs at least one training example")
+    def __init__(self, source: ExampleSource, *, seed: int, rank: int = 0, count: int = 1) -> None:
+        if len(source) < count:
+            needed = "at least one training example" if count == 1 else f"an example for each of {count} processes"
+            raise ValueError(f"a route needs {needed}, found {len(source)}")
         self.source = source
         self.seed = seed
+        self._part = slice(rank, None, count)
         self.epoch = 0
         self.position = 0
         self._order = self._permutation()
@@ -94,4 +98,4 @@ class Bucket:
 
     def _permutation(self) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(len(self.source), generator=generator)
+        return torch.randperm(len(self.source), generator=generator)[self._part]

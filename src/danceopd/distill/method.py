@@ -25,7 +25,7 @@ class Method(ABC):
 
     routes: the frozen fields and their data.
     router: which share of the samples a route has; see ``distill.routers``. A router that carries state is one
-        method's own. ``update`` tells it the losses; a loop over ``step`` does so by ``observe``, or it stays as it is.
+        method's own. A training loop tells it the losses by ``observe``, or it stays as it is.
     per, stratified: how samples get their route by those shares; see ``draw_routes``.
     grid: what rollouts and samplers step along, or a function of one latent's shape that gives it, for families whose
     shift depends on the size.
@@ -113,20 +113,20 @@ class Method(ABC):
         batch_size: int,
         micro_batches: int,
         generator: torch.Generator,
+        routes: Tensor | None = None,
         backward: Callable[[Tensor], None] | None = None,
     ) -> list[StepResult]:
-        """The losses of one whole update; the update's loss is their mean. ``backward``: as in ``step``."""
+        """The losses of one whole update; the update's loss is their mean. ``routes``, ``backward``: as in ``step``."""
         share = 1 / micro_batches
         part = None if backward is None else lambda loss: backward(loss * share)
-        results = [
+        drawn = self.draw_routes(batch_size, generator) if routes is None else routes
+        return [
             self.step(student, batch_size=len(chosen), generator=generator, routes=chosen, backward=part)
-            for chosen in self.draw_routes(batch_size, generator).chunk(micro_batches)
+            for chosen in drawn.chunk(micro_batches)
         ]
-        self.observe(results)
-        return results
 
     def observe(self, results: Sequence[StepResult]) -> None:
-        """Tell the router each route's mean loss over one whole update, of which these are the parts."""
+        """Tell the router each route's mean loss over one whole update, of which these are all parts."""
         if not self.router.adaptive:
             return
         losses = torch.full((len(self.routes),), torch.nan, dtype=torch.float64)

@@ -238,6 +238,7 @@ class StreamingDanceOPD(VelocityMatching):
         batch_size: int,
         micro_batches: int,
         generator: torch.Generator,
+        routes: Tensor | None = None,
         backward: Callable[[Tensor], None] | None = None,
     ) -> list[StepResult]:
         """One step of all trajectories, however many passes it takes: the choice is made over the whole pool.
@@ -250,7 +251,7 @@ class StreamingDanceOPD(VelocityMatching):
                 f"{micro_batches} micro-batches of {batch_size} samples need a largest_pass of "
                 f"{math.ceil(batch_size / micro_batches)}, found {self._largest_pass}"
             )
-        return [self.step(student, batch_size=batch_size, generator=generator, backward=backward)]
+        return [self.step(student, batch_size=batch_size, generator=generator, routes=routes, backward=backward)]
 
     def state(self) -> dict[str, Tensor]:
         return self.trajectories.state()

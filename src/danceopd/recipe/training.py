@@ -13,7 +13,7 @@ class TrainPart(Part):
     """The optimiser and its loop."""
 
     steps: int = Field(default=200, ge=0, description="Optimiser updates; 0 for method: weight_merge.")
-    batch_size: int = Field(default=32, ge=1, description="Samples per update.")
+    batch_size: int = Field(default=32, ge=1, description="Samples per update, of all processes together.")
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="Micro-batches per update; batch_size is their sum."
     )

@@ -33,6 +33,7 @@ from danceopd.fields.mixture import MixtureField
 from danceopd.recipe import Recipe, RecipeError, RoutePart
 from danceopd.training.fields import FieldInput, FieldLoader, Sources, adapter_backbone
 from danceopd.training.inputs import RouteSamples, route_examples, use_cache
+from danceopd.training.processes import ALONE, Processes
 from danceopd.training.student import Start, Student, full_model
 
 
@@ -126,12 +127,15 @@ def _open_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     )
 
 
-def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
+def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALONE) -> Assembly:
     """Load and check everything that a run needs.
+
+    processes: this process of the run's; the assembly's recipe is its share of the whole.
 
     Raises:
         RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
     """
+    recipe = processes.share(recipe)
     loaded = _open_models(recipe, device=device)
     if recipe.train.compile:
         try:
@@ -152,7 +156,11 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Assembly:
             needs_targets=needs_targets,
             cached=recipe.data_cache is not False,
         )
-        buckets[name] = Bucket(examples, seed=recipe.train.seed * 1000 + index)
+        seed = recipe.train.seed * 1000 + index
+        try:
+            buckets[name] = Bucket(examples, seed=seed, rank=processes.rank, count=processes.count)
+        except ValueError as error:
+            raise RecipeError(f"routes.{index}.data: {error}") from error
         field = loaded.fields[part.field]
         if part.field in loaded.bare:
             bare, told = loaded.bare[part.field]

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``step-000200`` with ``student.safetensors``, ``ema.safetensors``,
 ``optimizer.safetensors`` and ``state.json``, and ``method.safetensors`` where the method carries anything from one
-update to the next. It exists whole or not at all.
+update to the next. Where several processes train, what each of the others carries is in ``state.json`` under
+``others``, and in ``method-1.safetensors`` and so on. It exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,21 @@ class CheckpointFailure(RuntimeError):
     """A checkpoint could not be written or does not belong to this run."""
 
 
-class TrainingState(BaseModel):
-    """What a checkpoint holds besides tensors. generator: the torch generator's state, in hexadecimal."""
+class ProcessState(BaseModel):
+    """What each process has of its own. generator: the torch generator's state, in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid")
 
-    step: int
-    ema_updates: int
     generator: str
     buckets: dict[str, dict[str, int]]
+
+
+class TrainingState(ProcessState):
+    """What a checkpoint holds besides tensors. others: of all processes but the first, in their order."""
+
+    step: int
+    ema_updates: int
+    others: list[ProcessState] = []
     hashes: dict[str, str]
     calls: dict[str, int]
     seconds: float
@@ -60,11 +67,12 @@ def save_checkpoint(
     student: dict[str, Tensor],
     ema: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    method: dict[str, Tensor],
+    methods: Sequence[dict[str, Tensor]],
     keep: int,
 ) -> Path:
     """Write ``folder/step-N`` and then delete all but the ``keep`` newest.
 
+    methods: what the method carries, of each process in their order.
     A step's checkpoint is written once: one that stands is whole and is left alone.
 
     Raises:
@@ -79,8 +87,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         files = {"student": student, "ema": ema, "optimizer": _flatten(optimizer)}
-        if method:
-            files["method"] = method
+        files |= {_method_file(rank): method for rank, method in enumerate(methods) if method}
         for name, tensors in files.items():
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
@@ -159,14 +166,37 @@ def load_tensors(path: Path, name: str, into: dict[str, Tensor]) -> None:
             tensor.copy_(saved[key])
 
 
-def load_method_state(path: Path) -> dict[str, Tensor]:
-    """What the method carried when the checkpoint was written; empty where it carries nothing.
+def load_process_state(path: Path, state: TrainingState, *, rank: int, count: int) -> ProcessState:
+    """What the process ``rank`` of ``count`` had of its own.
+
+    Raises:
+        CheckpointFailure: if the checkpoint is of another number of processes.
+    """
+    found = [state, *state.others]
+    if len(found) != count:
+        raise CheckpointFailure(
+            f"{path} was written by {_processes(len(found))}, and this run has {_processes(count)}: it goes on with as "
+            "many as it began with"
+        )
+    return found[rank]
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"
+
+
+def load_method_state(path: Path, rank: int = 0) -> dict[str, Tensor]:
+    """What a process's method carried when the checkpoint was written; empty where it carries nothing.
 
     Raises:
         CheckpointFailure: if the file is damaged.
     """
-    file = path / "method.safetensors"
+    file = path / f"{_method_file(rank)}.safetensors"
     return _read(file) if file.exists() else {}
+
+
+def _method_file(rank: int) -> str:
+    return f"method-{rank}" if rank else "method"
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -6,26 +6,28 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from danceopd.distill.step import route_gradient_cosines
-from danceopd.recipe import Recipe, TrainPart
+from danceopd.recipe import Recipe
 from danceopd.states import NetworkCalls, StepResult
 from danceopd.training.assemble import Assembly, LoadedModels, assemble, autocast, load_models
 from danceopd.training.checkpoint import (
     CheckpointFailure,
+    ProcessState,
     TrainingState,
     check_hashes,
     latest_checkpoint,
     load_checkpoint_state,
     load_method_state,
+    load_process_state,
     load_tensors,
     pack_generator,
     restore_optimizer,
@@ -34,15 +36,13 @@ from danceopd.training.checkpoint import (
 )
 from danceopd.training.ema import EMA
 from danceopd.training.hardware import keep_freed_memory, resolve_precision
+from danceopd.training.optimizer import learning_rate_factor, make_optimizer
+from danceopd.training.processes import ALONE, Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder, Tracker
 
 
 class NonFiniteLoss(RuntimeError):
     """A route's loss became infinite or not a number; nothing was saved after it."""
-
-
-class SeveralProcesses(RuntimeError):
-    """The run was started as several processes, which is not supported."""
 
 
 class Interrupted(RuntimeError):
@@ -58,24 +58,29 @@ class Interrupted(RuntimeError):
 
 @dataclass
 class Trainer:
-    """A run in progress. ``on_samples(assembly, step)`` writes a sample grid; None writes none."""
+    """A run in progress, in this one of its processes; the first writes all files.
+
+    on_samples: ``on_samples(assembly, step)`` writes a sample grid; None writes none.
+    """
 
     assembly: Assembly
     folder: RunFolder
     on_samples: Callable[[Assembly, int], None] | None = None
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         recipe, student = self.assembly.recipe, self.assembly.student
         keep_freed_memory()
         self.accelerator = Accelerator(cpu=self.assembly.method.device == torch.device("cpu"))
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes != self.processes.count:
             raise SeveralProcesses(
-                f"a run has one process, found {self.accelerator.num_processes}; start it without a launcher"
+                f"only `danceopd train` runs as several processes, found {self.accelerator.num_processes}; start this "
+                "without a launcher"
             )
         parameters = list(student.parameters.values())
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(parameters, recipe.train))
         self.ema = EMA(parameters, recipe.train.ema_decay)
-        self.generator = torch.Generator().manual_seed(recipe.train.seed)
+        self.generator = self.processes.generator(recipe.train.seed)
         self.step = 0
         self.calls = NetworkCalls()
         self.seconds = 0.0
@@ -84,31 +89,36 @@ class Trainer:
         """Continue from the newest checkpoint of the run folder; from the start if there is none.
 
         Raises:
-            CheckpointFailure: if a source or the data changed since.
+            CheckpointFailure: if a source, the data or the number of processes changed since.
         """
         path = latest_checkpoint(self.folder.checkpoints)
         if path is None:
-            self.folder.forget_metrics_after(0)
+            self._forget_metrics_after(0)
             return
         state = load_checkpoint_state(path)
+        own = load_process_state(path, state, rank=self.processes.rank, count=self.processes.count)
         check_hashes(state.hashes, self.assembly.hashes, "resumed")
         load_tensors(path, "student", self._live())
         load_tensors(path, "ema", self._averaged())
         if state.step:  # before the first update an optimiser has no state
             restore_optimizer(self.optimizer, path)
         try:
-            self.assembly.method.load_state(load_method_state(path))
+            self.assembly.method.load_state(load_method_state(path, self.processes.rank))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointFailure(f"{path / 'method.safetensors'} does not fit this run: {error}") from error
         self.step, self.ema.updates, self.seconds = state.step, state.ema_updates, state.seconds
         self.calls = NetworkCalls(**state.calls)
-        self.generator.set_state(unpack_generator(state.generator))
+        self.generator.set_state(unpack_generator(own.generator))
         for name, bucket in self.assembly.buckets.items():
             try:
-                bucket.load_state(state.buckets[name])
+                bucket.load_state(own.buckets[name])
             except (KeyError, ValueError) as error:
                 raise CheckpointFailure(f"cannot resume route {name!r}: {error}") from error
-        self.folder.forget_metrics_after(self.step)
+        self._forget_metrics_after(self.step)
+
+    def _forget_metrics_after(self, step: int) -> None:
+        if self.processes.main:
+            self.folder.forget_metrics_after(step)
 
     def run(self) -> None:
         """Train to the recipe's last update; a checkpoint stands at the end.
@@ -116,37 +126,38 @@ class Trainer:
         Raises:
             NonFiniteLoss, Interrupted, CheckpointFailure.
         """
-        part = self.assembly.recipe.train
-        tracker = Tracker(self.folder, self.step)
-        try:
-            with _stop_requests() as stop, _progress() as progress:
-                task = progress.add_task("training", total=part.steps, completed=self.step, loss="")
-                if part.steps == 0:
-                    self.save()
-                while self.step < part.steps:
-                    started = time.monotonic()
-                    metrics = self.update()
-                    self.seconds += time.monotonic() - started
+        part, main = self.assembly.recipe.train, self.processes.main
+        with (
+            _stop_requests() as stop,
+            closing(Tracker(self.folder, self.step)) if main else nullcontext() as tracker,
+            _progress(shown=main) as progress,
+        ):
+            task = progress.add_task("training", total=part.steps, completed=self.step, loss="")
+            if part.steps == 0:
+                self.save()
+            while self.step < part.steps:
+                started = time.monotonic()
+                metrics = self.update()
+                self.seconds += time.monotonic() - started
+                if tracker is not None:
                     metrics |= self.diagnostics()  # neither its seconds nor its network calls are training's
                     tracker.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
-                    progress.update(task, completed=self.step, loss=f"loss {metrics['loss']:.4f}")
-                    saved = self.step % part.checkpointing_steps == 0 or self.step == part.steps
-                    if saved:
+                progress.update(task, completed=self.step, loss=f"loss {metrics['loss']:.4f}")
+                saved = self.step % part.checkpointing_steps == 0 or self.step == part.steps
+                if saved:
+                    self.save()
+                if main and part.sample_steps and self.step % part.sample_steps == 0 and self.on_samples is not None:
+                    with self.assembly.student.using(self.ema.average):
+                        self.on_samples(self.assembly, self.step)
+                stopped = next((number for found in self.processes.gather(stop[:1]) for number in found), None)
+                if stopped is not None:
+                    if not saved:
                         self.save()
-                    if part.sample_steps and self.step % part.sample_steps == 0 and self.on_samples is not None:
-                        with self.assembly.student.using(self.ema.average):
-                            self.on_samples(self.assembly, self.step)
-                    if stop:
-                        number = stop[0]
-                        if not saved:
-                            self.save()
-                        raise Interrupted(
-                            f"{signal.Signals(number).name}: stopped after update {self.step}, which is saved; "
-                            "the same command goes on from there (train and compare with --resume)",
-                            128 + number,
-                        )
-        finally:
-            tracker.close()
+                    stop_message = (
+                        f"{signal.Signals(stopped).name}: stopped after update {self.step}, which is saved; the same "
+                        "command goes on from there (train and compare with --resume)"
+                    )
+                    raise self.processes.alike(Interrupted(stop_message, 128 + stopped))
 
     def update(self) -> dict[str, float | int]:
         """One optimiser update; its metrics."""
@@ -155,6 +166,9 @@ class Trainer:
         rate = part.learning_rate * learning_rate_factor(self.step, part)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        routes = None
+        if self.processes.count > 1 and method.per == "step":
+            routes = self.processes.first(method.draw_routes(part.batch_size, self.generator))
         cosine_due = part.gradient_cosine_steps and (self.step + 1) % part.gradient_cosine_steps == 0
         cosines: dict[tuple[str, str], float] = {}
         shares = zip(method.routes, method.shares.tolist(), strict=True) if method.router.adaptive else ()
@@ -164,17 +178,24 @@ class Trainer:
                 batch_size=part.batch_size,
                 micro_batches=part.gradient_accumulation_steps,
                 generator=self.generator,
+                routes=routes,
                 backward=None if cosine_due else self.accelerator.backward,
             )
         if cosine_due:
             (result,) = results
             cosines = route_gradient_cosines(result, parameters)
             self.accelerator.backward(result.loss)
+        results = [
+            detached for own in self.processes.gather([result.detached() for result in results]) for detached in own
+        ]
         metrics = _metrics(results)
         self._refuse_non_finite(results)
+        method.observe(results)
+        self.processes.average_gradients(parameters)
         norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)))
         if not math.isfinite(norm):
-            raise NonFiniteLoss(f"update {self.step + 1}: the gradient is {norm} although the loss is finite")
+            message = f"update {self.step + 1}: the gradient is {norm} although the loss is finite"
+            raise self.processes.alike(NonFiniteLoss(message))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(parameters)
@@ -192,12 +213,20 @@ class Trainer:
         with self._autocast():
             return self.assembly.method.diagnostics(self.assembly.student.model)
 
-    def save(self) -> Path:
-        state = TrainingState(
-            step=self.step,
-            ema_updates=self.ema.updates,
+    def save(self) -> Path | None:
+        """Write a checkpoint, on the first process; every other one hands it what it has of its own."""
+        own = ProcessState(
             generator=pack_generator(self.generator),
             buckets={name: bucket.state() for name, bucket in self.assembly.buckets.items()},
+        )
+        states = self.processes.gather((own, self.assembly.method.state()))
+        if not self.processes.main:
+            return None
+        state = TrainingState(
+            **vars(own),
+            others=[other for other, _ in states[1:]],
+            step=self.step,
+            ema_updates=self.ema.updates,
             hashes=self.assembly.hashes,
             calls=asdict(self.calls),
             seconds=self.seconds,
@@ -208,7 +237,7 @@ class Trainer:
             student=self._live(),
             ema=self._averaged(),
             optimizer=self.optimizer,
-            method=self.assembly.method.state(),
+            methods=[method for _, method in states],
             keep=self.assembly.recipe.train.checkpoints_total_limit,
         )
 
@@ -223,36 +252,18 @@ class Trainer:
 
     def _refuse_non_finite(self, results: list[StepResult]) -> None:
         broken = {
-            name: float(route.loss.detach())
+            name: float(route.loss)
             for result in results
             for name, route in result.routes.items()
-            if not math.isfinite(float(route.loss.detach()))
+            if not math.isfinite(float(route.loss))
         }
         if broken:
             listed = ", ".join(f"{name} ({value})" for name, value in broken.items())
-            raise NonFiniteLoss(
+            message = (
                 f"update {self.step + 1}: non-finite loss on route {listed}; stopped, nothing saved after update "
                 f"{self.step}. A lower learning_rate or precision fp32 is the usual remedy"
             )
-
-
-def make_optimizer(parameters: list[nn.Parameter], part: TrainPart) -> torch.optim.Optimizer:
-    """AdamW, or Muon with its update scaled by sqrt(max(1, rows / columns)) (Jordan et al. 2024)."""
-    if part.optimizer == "muon":
-        return torch.optim.Muon(
-            parameters, lr=part.learning_rate, weight_decay=part.weight_decay, adjust_lr_fn="original"
-        )
-    return torch.optim.AdamW(parameters, lr=part.learning_rate, weight_decay=part.weight_decay)
-
-
-def learning_rate_factor(step: int, part: TrainPart) -> float:
-    """Warm-up from 1 / warmup to 1, then constant, or falling linearly or as a cosine to 0 at the last update."""
-    if step < part.lr_warmup_steps:
-        return (step + 1) / part.lr_warmup_steps
-    if part.lr_scheduler == "constant":
-        return 1.0
-    done = (step - part.lr_warmup_steps) / max(1, part.steps - part.lr_warmup_steps)
-    return 1 - done if part.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+            raise self.processes.alike(NonFiniteLoss(message))
 
 
 def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
@@ -297,13 +308,13 @@ def _load_averaged(
 
 def _metrics(results: list[StepResult]) -> dict[str, float | int]:
     metrics: dict[str, float | int] = {
-        "loss": sum(float(result.loss.detach()) for result in results) / len(results),
+        "loss": sum(float(result.loss) for result in results) / len(results),
     }
     names = sorted({name for result in results for name in result.routes})
     for name in names:
         parts = [result.routes[name] for result in results if name in result.routes]
         count = sum(part.samples for part in parts)
-        metrics[f"loss/{name}"] = sum(float(part.loss.detach()) * part.samples for part in parts) / count
+        metrics[f"loss/{name}"] = sum(float(part.loss) * part.samples for part in parts) / count
         metrics[f"samples/{name}"] = count
         metrics[f"sigma/{name}"] = sum(part.mean_sigma * part.samples for part in parts) / count
     return metrics
@@ -323,7 +334,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _progress() -> Progress:
+def _progress(*, shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -333,4 +344,5 @@ def _progress() -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         refresh_per_second=2,
+        disable=not shown,
     )
