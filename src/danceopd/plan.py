@@ -65,8 +65,8 @@ def _rollout_sentence(method: Method) -> str | None:
     if not isinstance(method, StreamingDanceOPD):
         return None
     return (
-        f"streaming: {method.pool} trajectories of {method.length} steps; the steps that are trained are "
-        f"{method.band_distance():.1%} from the query band (total variation)"
+        f"streaming: {method.pool} trajectories of {method.plan.length} steps; the steps that are trained are "
+        f"{method.plan.band_distance():.1%} from the query band (total variation)"
     )
 
 

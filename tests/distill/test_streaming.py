@@ -76,7 +76,7 @@ def test_without_learning_the_pool_is_the_fresh_rollouts_from_the_same_noise(rng
         d.Route("small", GaussianField(0, 1), small), d.Route("large", GaussianField(0, 1), large), query=band()
     )
     student = Elementwise()
-    for _ in range(2 * method.length + 3):
+    for _ in range(2 * method.plan.length + 3):
         method.step(student, batch_size=8, generator=rng)
         assert len(method.trajectories) == 32
         assert sorted(tuple(group.z.shape) for group in method.trajectories.groups) == [(16, 4), (16, 6)]
@@ -119,15 +119,15 @@ def test_every_step_is_held_by_as_many_trajectories_and_trained_as_its_band_says
         assert result.calls.train == result.routes["one"].samples == 8
         (group,) = method.trajectories.groups
         assert torch.equal(group.step.bincount(), torch.full((8,), each))
-    expected = method.selection()[0]
+    expected = method.plan.selection()[0]
     if pool == 32:  # N A / P = 2 queries per trajectory
         assert torch.allclose(expected, 2 * low_noise().step_probabilities(GRID))
     error = (expected * (1 - expected) / (each * updates)).sqrt()
     found = method.trajectories.trained / (each * updates)
     assert bool(((found - expected).abs() <= 4.5 * error + 1e-12).all())
     distance = method.diagnostics(Elementwise())["pool/band_distance"]
-    assert distance == pytest.approx(method.band_distance(), abs=0.02)
-    assert (method.band_distance() > 0.05) == (pool == 16)
+    assert distance == pytest.approx(method.plan.band_distance(), abs=0.02)
+    assert (method.plan.band_distance() > 0.05) == (pool == 16)
 
 
 def test_a_routes_changing_number_is_in_its_chances(rng):
@@ -136,8 +136,8 @@ def test_a_routes_changing_number_is_in_its_chances(rng):
     method, updates = streaming(*routes, stratified=False, pool=32, batch_size=16), 800
     for _ in range(updates):
         method.step(Elementwise(), batch_size=16, generator=rng)
-    expected, at_its_mean = method.selection()[0], streaming(*routes, pool=32, batch_size=16).selection()[0]
-    assert float(expected.sum()) * 32 / method.length == pytest.approx(16)
+    expected, at_its_mean = method.plan.selection()[0], streaming(*routes, pool=32, batch_size=16).plan.selection()[0]
+    assert float(expected.sum()) * 32 / method.plan.length == pytest.approx(16)
     error = (expected * (1 - expected) / (4 * updates)).sqrt()
     found = method.trajectories.trained / (4 * updates)
     assert bool(((found - expected).abs() < 4.5 * error).all())
@@ -150,17 +150,17 @@ def test_an_update_of_one_route_trains_its_steps_as_the_band_says(rng):
     method, updates = streaming(*routes, per="step", pool=64), 800
     for _ in range(updates):
         method.step(Elementwise(), batch_size=8, generator=rng)
-    expected = (method.selection() * method.members[:, None]).sum(0)
-    assert float(expected.sum()) / method.length == pytest.approx(8)
-    found = method.trajectories.trained / updates * method.length
+    expected = (method.plan.selection() * method.plan.members[:, None]).sum(0)
+    assert float(expected.sum()) / method.plan.length == pytest.approx(8)
+    found = method.trajectories.trained / updates * method.plan.length
     assert torch.allclose(found.double(), expected, rtol=0.1, atol=0.05)
 
 
 def test_capped_steps_are_always_trained_and_the_others_make_up_for_them():
     method = plain(pool=16)
-    chance, band = method.selection()[0], low_noise().step_probabilities(GRID)
+    chance, band = method.plan.selection()[0], low_noise().step_probabilities(GRID)
     assert bool((chance == 1).any())
-    assert float(chance.sum() * 16 / method.length) == pytest.approx(8)
+    assert float(chance.sum() * 16 / method.plan.length) == pytest.approx(8)
     free = chance < 1
     ratio = chance[free] / band[free]
     assert torch.allclose(ratio, ratio[:1].expand_as(ratio))
@@ -170,7 +170,7 @@ def test_capped_steps_are_always_trained_and_the_others_make_up_for_them():
 def test_trajectories_past_the_band_end_early(rng):
     grid = d.shifted_grid(steps=16)
     method = plain(grid=grid, query=high_noise(), pool=56, batch_size=7)
-    assert method.length == 14  # the last two steps hold 0.0002 of Beta(2, 5)
+    assert method.plan.length == 14  # the last two steps hold 0.0002 of Beta(2, 5)
     for _ in range(20):
         method.step(Elementwise(), batch_size=7, generator=rng)
         assert int(max(group.step.max() for group in method.trajectories.groups)) <= 13
@@ -311,7 +311,7 @@ def test_an_update_of_one_route_trains_that_route_and_moves_all(rng):
         d.Route("b", GaussianField(0, 1), Numbered(first=10_000)),
         per="step",
     )
-    assert method.members.tolist() == [16, 16]  # whichever is drawn trains a whole batch, so shares do not matter
+    assert method.plan.members.tolist() == [16, 16]  # whichever is drawn trains a whole batch, so shares do not matter
     drawn = []
     for _ in range(60):
         before = {int(s): int(j) for g in method.trajectories.groups for s, j in zip(g.seed, g.step, strict=True)}

@@ -17,17 +17,13 @@ from torch import Tensor, nn
 
 from danceopd.distill.matching import VelocityMatching
 from danceopd.distill.pool import Pool, Trajectories, begin
+from danceopd.distill.pool_plan import PoolPlan
 from danceopd.distill.rollout import Rollout, rollout
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
-from danceopd.distill.selection import choose, inclusion_probabilities
+from danceopd.distill.selection import choose
 from danceopd.distill.solver import euler_step
 from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
-
-NEGLIGIBLE = 0.01
-"""Trajectories end where no step to come has this share of an even band's mass."""
-MOST_DISTANCE = 0.25
-"""Total variation from the query band above which a pool is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,119 +71,36 @@ class StreamingDanceOPD(VelocityMatching):
             )
         if self.largest_pass is not None and self.largest_pass < 1:
             raise ValueError(f"largest_pass is at least 1, found {self.largest_pass}")
-        asked = self._asked(self.stratified)
-        for index, (route, most) in enumerate(zip(self.routes, asked, strict=True)):
-            if self.most_samples(index) < most:
-                raise ValueError(
-                    f"a pool of {self.pool} is too small: an update may train {most} samples of route {route.name!r}, "
-                    f"which has {int(self.members[index])} trajectories ({int((self.mass > 0).sum())} of their "
-                    f"{self.length} steps are in the band)" + self._remedy()
-                )
-        if self.band_distance() > MOST_DISTANCE:
-            raise ValueError(
-                f"a pool of {self.pool} is too small: so many of its trajectories are trained in every update that the "
-                f"trained steps are {self.band_distance():.0%} from the query band (total variation)" + self._remedy()
-            )
+        self.plan.require_enough([route.name for route in self.routes])
 
     @cached_property
-    def mass(self) -> Tensor:
-        """The band's mass at each step of a trajectory: float64 [T], T <= N."""
-        last = (self._band >= NEGLIGIBLE / len(self._band)).nonzero().max()
-        return self._band[: int(last) + 1]
-
-    @cached_property
-    def _band(self) -> Tensor:
-        """The band's mass at each step of the grid, whatever the latents' shape: float64 [N]."""
-        return self.query.step_probabilities(self.routes[0].typical_grid(self.grid))
+    def plan(self) -> PoolPlan:
+        """How the pool is shared out, and which steps it trains; the band is the same for any shape of latents."""
+        return PoolPlan(
+            pool=self.pool,
+            batch_size=self.batch_size,
+            band=self.query.step_probabilities(self.routes[0].typical_grid(self.grid)),
+            shares=self.shares,
+            per=self.per,
+            stratified=self.stratified,
+        )
 
     @property
     def _largest_pass(self) -> int:
         return self.largest_pass or self.batch_size
 
-    @property
-    def length(self) -> int:
-        """T: the steps of a trajectory."""
-        return len(self.mass)
-
-    @cached_property
-    def members(self) -> Tensor:
-        """Trajectories of each route: int64 [M], their sum the pool."""
-        return self._members(self.pool)
-
-    def _members(self, pool: int) -> Tensor:
-        shares = self.shares if self.per == "sample" else torch.ones(len(self.routes)).double()
-        return (shares.cumsum(0) / shares.sum() * pool).round().long().diff(prepend=torch.zeros(1).long())
-
     def most_samples(self, route: int) -> int:
-        return self._most_samples(int(self.members[route]))
-
-    def _most_samples(self, members: int) -> int:
-        """So many of a route's trajectories are in the band in every update."""
-        return members * int((self.mass > 0).sum()) // self.length
-
-    def _asked(self, stratified: bool) -> list[int]:
-        """Samples of each route in an update, at most."""
-        if self.per == "step" or not stratified:
-            return [self.batch_size] * len(self.routes)
-        return (self.shares * self.batch_size - 1e-9).ceil().long().tolist()
-
-    def _remedy(self) -> str:
-        """What to do about a pool that is too small: the smallest multiple of the batch that is not."""
-        enough = [self._enough(stratified) for stratified in (self.stratified, self.per == "sample")]
-        if enough[0] == enough[1]:
-            return f"; {enough[0]} is enough"
-        return f"; {enough[0]} is enough, {enough[1]} with stratified routing"
-
-    def _enough(self, stratified: bool) -> int:
-        pool = self.batch_size
-        while True:
-            found = zip(self._members(pool).tolist(), self._asked(stratified), strict=True)
-            if all(self._most_samples(n) >= most for n, most in found) and self.band_distance(pool) <= MOST_DISTANCE:
-                return pool
-            pool += self.batch_size
-
-    def band_distance(self, pool: int | None = None) -> float:
-        """Total variation, in [0, 1], between the steps that updates train in expectation and the query band.
-
-        It is more than the mass of the steps that are left out where the minimum in ``selection`` binds.
-        """
-        members = self.members if pool is None else self._members(pool)
-        trained = (self.selection(members) * members[:, None]).sum(0)
-        aimed = self._band[: self.length]
-        return float(((trained / trained.sum() - aimed).abs().sum() + self._band[self.length :].sum()) / 2)
-
-    def selection(self, members: Tensor | None = None) -> Tensor:
-        """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T].
-
-        Where a route's number of samples changes from update to update, the mean over these numbers.
-
-        members: trajectories of each route; those of the pool by default.
-        """
-        members, shares = self.members if members is None else members, self.shares.tolist()
-        rows = [self._chance(share, count) for share, count in zip(shares, members.tolist(), strict=True)]
-        return torch.stack(rows)
-
-    def _chance(self, share: float, members: int) -> Tensor:
-        def trained(samples: float) -> Tensor:
-            return inclusion_probabilities(self.mass, min(samples / members, 1.0) * self.length)
-
-        if self.per == "step":
-            return share * trained(self.batch_size)
-        if self.stratified or share == 1.0:
-            return trained(share * self.batch_size)
-        samples = torch.distributions.Binomial(self.batch_size, torch.tensor(share, dtype=torch.float64))
-        odds = samples.log_prob(torch.arange(self.batch_size + 1, dtype=torch.float64)).exp()
-        return torch.stack([chance * trained(count) for count, chance in enumerate(odds)]).sum(0)
+        return self.plan.most_samples(route)
 
     def expected_calls(self) -> ExpectedCalls:
         """Per trained sample P / A - 1 calls that only walk, less those that would leave a trajectory's last step."""
-        ended = self.members.double() / self.length * (1 - self.selection()[:, -1])
+        ended = self.plan.members.double() / self.plan.length * (1 - self.plan.selection()[:, -1])
         walked = self.pool - self.batch_size - float(ended.sum())
         return ExpectedCalls(
             rollout=walked / self.batch_size,
             field=self.over_routes(_field_calls).field,
             train=1.0,
-            once=self.pool * (self.length - 1) / 2,
+            once=self.pool * (self.plan.length - 1) / 2,
         )
 
     def step(
@@ -218,7 +131,7 @@ class StreamingDanceOPD(VelocityMatching):
                 losses.add(part.batch.route, matched.losses, at.sigma[:, 0])
                 velocity[rows.to(self.device)] = matched.velocity.detach().float()
                 calls += matched.calls
-            walking = ~trained & (members.step + 1 < self.length)
+            walking = ~trained & (members.step + 1 < self.plan.length)
             for rows in _passes(walking, self._largest_pass):
                 part = members[rows]
                 with torch.no_grad():
@@ -269,7 +182,7 @@ class StreamingDanceOPD(VelocityMatching):
         """
         pool = self.trajectories
         trained = pool.trained.double()
-        distance = (trained / trained.sum() - self._band).abs().sum() / 2
+        distance = (trained / trained.sum() - self.plan.band).abs().sum() / 2
         figures: dict[str, float | int] = {
             "pool/age": float(torch.cat([group.age for group in pool.groups]).double().mean()),
             "pool/band_distance": float(distance),
@@ -293,18 +206,18 @@ class StreamingDanceOPD(VelocityMatching):
         for index in chosen.unique().tolist():
             rows = (route == index).nonzero().squeeze(1)
             count = int((chosen == index).sum())
-            trained[rows[choose(self.mass[step[rows]], step[rows], count, generator)]] = True
-        pool.trained += step[trained].bincount(minlength=len(self._band))
+            trained[rows[choose(self.plan.mass[step[rows]], step[rows], count, generator)]] = True
+        pool.trained += step[trained].bincount(minlength=len(self.plan.band))
         return list(zip(pool.groups, trained.split([len(group) for group in pool.groups]), strict=True))
 
     @torch.no_grad()
     def _fill(self, student: nn.Module, generator: torch.Generator) -> NetworkCalls:
         """Start all trajectories, each rolled out afresh to a step of its own, evenly spread for every route."""
         pool, calls = self.trajectories, 0
-        pool.trained = torch.zeros(len(self._band), dtype=torch.int64)
-        steps = [even_steps(count, self.length, generator) for count in self.members.tolist()]
-        route = torch.arange(len(steps)).repeat_interleave(self.members)
-        for step in range(self.length):
+        pool.trained = torch.zeros(len(self.plan.band), dtype=torch.int64)
+        steps = [even_steps(count, self.plan.length, generator) for count in self.plan.members.tolist()]
+        route = torch.arange(len(steps)).repeat_interleave(self.plan.members)
+        for step in range(self.plan.length):
             for new in self._begin(route[torch.cat(steps) == step], generator):
                 pool.add(replace(new, step=torch.full_like(new.step, step)))
         for index, group in enumerate(pool.groups):
@@ -315,7 +228,7 @@ class StreamingDanceOPD(VelocityMatching):
 
     def _replace_ended(self, moved: list[Trajectories], generator: torch.Generator) -> None:
         """Keep the trajectories that have steps to come, and begin one anew on the route of every other."""
-        going = [group.step < self.length for group in moved]
+        going = [group.step < self.plan.length for group in moved]
         ended = [group.batch.route[~kept] for group, kept in zip(moved, going, strict=True)]
         parts = [group[kept.nonzero().squeeze(1)] for group, kept in zip(moved, going, strict=True)]
         self.trajectories.groups = [part for part in parts if len(part)]
