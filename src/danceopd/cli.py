@@ -130,18 +130,18 @@ def train(
     """
     from danceopd.runs import train as run
 
-    loaded = load_recipe(recipe, overrides)
     if tiny:
         if resume:
             raise RecipeError("--tiny and --resume: a tiny run is over in two updates; leave one of them out")
         from danceopd.tiny.runs import train as run_tiny
 
-        print_tiny_run(run_tiny(loaded))
+        print_tiny_run(run_tiny(load_recipe(recipe, overrides)))
         return
-    processes = Processes.launched()
-    folder = run(loaded, resume=resume, processes=processes)
-    if processes.main:
-        console.print(f"trained; next: danceopd evaluate {folder.path}")
+    with Processes.launched() as processes:
+        (loaded, *_) = processes.together(lambda: load_recipe(recipe, overrides))
+        folder = run(loaded, resume=resume, processes=processes)
+        if processes.main:
+            console.print(f"trained; next: danceopd evaluate {folder.path}")
 
 
 @app.command()

@@ -44,17 +44,12 @@ def train(recipe: Recipe, *, resume: bool = False, processes: Processes = ALONE)
     folder = RunFolder(Path(recipe.output))
     device = pick_device()
     with ExitStack() as held:
-        with processes.agreeing():
-            if processes.main:
-                held.enter_context(folder.owned())
-                recipe = _begun(recipe, folder, device, resume=resume)
-        recipe = processes.first(recipe)
-        assembly = _assembled(recipe, device, processes)
-        if processes.main:
-            folder.write_recipe(recipe)
+        processes.on_main(lambda: held.enter_context(folder.owned()))
+        (begun, *_) = processes.together(lambda: _begun(recipe, folder, device, resume=resume))
+        assembly = _assembled(begun, device, processes)
+        processes.on_main(lambda: folder.write_recipe(begun))
         trainer = Trainer(assembly, folder, on_samples=sample_grid_writer(folder), processes=processes)
-        with processes.agreeing():
-            trainer.resume()
+        trainer.resume()
         trainer.run()
     return folder
 
@@ -72,13 +67,14 @@ def _begun(recipe: Recipe, folder: RunFolder, device: torch.device, *, resume: b
 
 def _assembled(recipe: Recipe, device: torch.device, processes: Processes) -> Assembly:
     """The recipe made live on the first process and then on all others, which find in the cache what it encoded."""
-    assembly = None
-    for turn in (processes.main, not processes.main):
-        with processes.agreeing():
-            if turn:
-                assembly = assemble(recipe, device=device, processes=processes)
-    assert assembly is not None
-    return assembly
+    made: list[Assembly] = []
+
+    def make() -> None:
+        made.append(assemble(recipe, device=device, processes=processes))
+
+    processes.on_main(make)
+    processes.together(lambda: None if processes.main else make())
+    return made[0]
 
 
 def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:

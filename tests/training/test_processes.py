@@ -1,6 +1,9 @@
 """One run on several processes: gloo on the CPU, as NCCL is on GPUs."""
 
+import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from processes import assert_same_run, final, finish, finish_all, start, start_a
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
 
-from danceopd.recipe import RecipeError
+from danceopd.recipe import RecipeError, dump_recipe
 from danceopd.training import processes as processes_module
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import checkpoints, load_checkpoint_state
@@ -18,24 +21,31 @@ from danceopd.training.processes import Processes
 from danceopd.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
-STREAMING = "rollout={mode: streaming, pool: 16}"
 
 
 def shares_by_hand(recipe, updates):
-    """The student's weights after a run of two processes, both computed here."""
+    """A run of two processes, both computed here: the student's weights, and each update's loss."""
     of_run = [Processes(rank, 2) for rank in range(2)]
     assemblies = [assemble(recipe, device=CPU, processes=process) for process in of_run]
     generators = [process.generator(recipe.train.seed) for process in of_run]
-    optimizers = [make_optimizer(list(a.student.parameters.values()), recipe.train) for a in assemblies]
+    part = assemblies[0].recipe.train
+    optimizers = [make_optimizer(list(a.student.parameters.values()), part) for a in assemblies]
+    losses = []
     for _ in range(updates):
-        for assembly, generator in zip(assemblies, generators, strict=True):
-            assembly.method.update(
+        routes = [None, None]
+        if recipe.rollout.pool is None:
+            routes = assemblies[0].method.draw_routes(recipe.train.batch_size, generators[0]).chunk(2)
+        results = []
+        for assembly, generator, drawn in zip(assemblies, generators, routes, strict=True):
+            results += assembly.method.update(
                 assembly.student.model,
-                batch_size=2,
-                micro_batches=1,
+                batch_size=part.batch_size,
+                micro_batches=part.gradient_accumulation_steps,
                 generator=generator,
+                routes=drawn,
                 backward=torch.Tensor.backward,
             )
+        losses.append(sum(float(result.loss.detach()) for result in results) / len(results))
         for one, other in zip(*(a.student.parameters.values() for a in assemblies), strict=True):
             mean = (one.grad + other.grad) / 2
             one.grad, other.grad = mean, mean.clone()
@@ -43,29 +53,43 @@ def shares_by_hand(recipe, updates):
             nn.utils.clip_grad_norm_(list(assembly.student.parameters.values()), recipe.train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    return dict(assemblies[0].student.parameters)
+    return dict(assemblies[0].student.parameters), losses
 
 
-@pytest.mark.parametrize("mode", ["rollout.mode=fresh", STREAMING])
-def test_two_processes_train_the_mean_of_their_shares_and_go_on_exactly_after_a_kill(tiny, tmp_path, mode):
-    extra = [mode, "train.lr_warmup_steps=0", "routes.0.data.size=6", "routes.1.data.size=5"]  # epochs end
-    whole = tiny(f"output={tmp_path / 'whole'}", *extra)
-    codes, errors = finish_all(start_all(whole, tmp_path / "whole.yaml"))
-    assert codes == [0, 0], errors
-    folder, threads = RunFolder(tmp_path / "whole"), torch.get_num_threads()
+def assert_as_by_hand(recipe, folder):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        by_hand = shares_by_hand(whole, whole.train.steps)
+        by_hand, losses = shares_by_hand(recipe, recipe.train.steps)
     finally:
         torch.set_num_threads(threads)
     state, tensors = final(folder)
     for name, weight in by_hand.items():
         assert torch.equal(tensors["student"][name], weight.detach()), name
-    assert sum(line[f"samples/{route}"] for line in folder.metrics() for route in ("t2i", "edit")) == 6 * 4
-    assert state.calls["train"] == 6 * 4
+    assert [line["loss"] for line in folder.metrics()] == losses
+    samples = sum(line.get(f"samples/{route}", 0) for line in folder.metrics() for route in ("t2i", "edit"))
+    assert samples == state.calls["train"] == recipe.train.steps * recipe.train.batch_size
 
-    if mode != STREAMING:  # which carries all that fresh rollouts do, and its pool
-        return
+
+def test_two_processes_under_a_launcher_train_the_mean_of_their_shares(tiny, tmp_path):
+    recipe = tiny("train.lr_warmup_steps=0", "train.batch_size=8", "train.gradient_accumulation_steps=4")
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(recipe))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*launcher, "-m", "danceopd", "train", str(path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("trained; next:") == 1
+    assert_as_by_hand(recipe, RunFolder(Path(recipe.output)))
+
+
+def test_streaming_processes_go_on_exactly_after_a_kill(tiny, tmp_path):
+    extra = ["rollout={mode: streaming, pool: 16}", "routes.0.data.size=6", "routes.1.data.size=5"]  # epochs end
+    extra.append("train.lr_warmup_steps=0")
+    whole = tiny(f"output={tmp_path / 'whole'}", *extra)
+    codes, errors = finish_all(start_all(whole, tmp_path / "whole.yaml"))
+    assert codes == [0, 0], errors
+    assert_as_by_hand(whole, RunFolder(tmp_path / "whole"))
+
     cut = tiny(f"output={tmp_path / 'cut'}", *extra)
     running = start_all(cut, tmp_path / "cut.yaml")
     wait_for_step(RunFolder(tmp_path / "cut"), 3)
@@ -75,7 +99,7 @@ def test_two_processes_train_the_mean_of_their_shares_and_go_on_exactly_after_a_
     assert load_checkpoint_state(checkpoints(tmp_path / "cut" / "checkpoints")[-1]).step < 6
     codes, errors = finish_all(start_all(cut, tmp_path / "cut.yaml", "--resume"))
     assert codes == [0, 0], errors
-    assert_same_run(folder, RunFolder(tmp_path / "cut"))
+    assert_same_run(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut"))
     last = [checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "cut")]
     for name in ("method.safetensors", "method-1.safetensors"):
         one, other = (load_file(path / name) for path in last)
@@ -86,17 +110,18 @@ def test_two_processes_train_the_mean_of_their_shares_and_go_on_exactly_after_a_
     assert "was written by 2 processes, and this run has one process" in error
 
 
-def test_routing_per_step_and_by_gap_is_the_whole_updates(tiny, tmp_path):
-    recipe = tiny(f"output={tmp_path / 'run'}", "routing={per: step, stratified: false, by: gap}", "train.steps=8")
+def test_routes_and_what_a_router_goes_by_are_the_whole_updates(tiny, tmp_path):
+    recipe = tiny("routing={per: step, stratified: false, by: gap, decay: 0}", "train.steps=8")
     codes, errors = finish_all(start_all(recipe, tmp_path / "r.yaml"))
     assert codes == [0, 0], errors
-    folder = RunFolder(tmp_path / "run")
-    counts = [[line.get(f"samples/{route}", 0) for route in ("t2i", "edit")] for line in folder.metrics()]
-    assert all(sorted(count) == [0, 4] for count in counts)
-    assert len({tuple(count) for count in counts}) == 2, "both routes had an update"
-    last = checkpoints(folder.checkpoints)[-1]
-    one, other = (load_file(last / f"method{end}.safetensors") for end in ("", "-1"))
-    assert torch.equal(one["loss_averages"], other["loss_averages"])
+    folder, last_loss = RunFolder(Path(recipe.output)), {}
+    for line in folder.metrics():
+        counts = {name: line[f"samples/{name}"] for name in ("t2i", "edit") if f"samples/{name}" in line}
+        assert list(counts.values()) == [4]
+        last_loss |= {name: line[f"loss/{name}"] for name in counts}
+    for end in ("", "-1"):
+        carried = load_file(checkpoints(folder.checkpoints)[-1] / f"method{end}.safetensors")
+        assert carried["loss_averages"].tolist() == pytest.approx([last_loss["t2i"], last_loss["edit"]])
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_update(tiny, tmp_path):
@@ -114,11 +139,18 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(tiny, tmp_path)
     assert len(state.others) == 1
 
 
-def test_what_all_processes_would_refuse_is_told_once(tiny, tmp_path):
-    recipe = tiny(f"output={tmp_path / 'run'}", "routes.0.data.size=1")
-    codes, errors = finish_all(start_all(recipe, tmp_path / "r.yaml"))
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("routes.0.data.size=1", "routes.0.data: a route needs an example for each of 2 processes, found 1"),
+        ("train.stepps=1", "steps"),
+    ],
+)
+def test_what_all_processes_would_refuse_is_told_once(tiny, tmp_path, change, error):
+    recipe = tiny(f"output={tmp_path / 'run'}")
+    codes, errors = finish_all(start_all(recipe, tmp_path / "r.yaml", "--set", change))
     assert codes == [2, 2]
-    assert "routes.0.data: a route needs an example for each of 2 processes, found 1" in errors[0]
+    assert error in errors[0]
     assert not errors[1].strip()
 
 
@@ -127,10 +159,15 @@ def test_a_share_is_an_even_part_of_batch_and_pool(tiny):
     part = Processes(1, 3).share(recipe)
     assert (part.train.batch_size, part.rollout.pool) == (2, 8)
     assert Processes().share(recipe) is recipe
+    for count, (batch, passes) in {2: (6, 2), 4: (3, 1), 12: (1, 1)}.items():  # micro-batches of 3 at most
+        part = Processes(0, count).share(tiny("train.batch_size=12", "train.gradient_accumulation_steps=4")).train
+        assert (part.batch_size, part.gradient_accumulation_steps) == (batch, passes)
     with pytest.raises(RecipeError, match=r"train.batch_size: 6 cannot be shared out evenly among 4 processes"):
         Processes(0, 4).share(recipe)
-    with pytest.raises(RecipeError, match=r"on 6 processes.*batch_size 1 is not a multiple of gradient_accumulation"):
-        Processes(0, 6).share(tiny("train.batch_size=6", "train.gradient_accumulation_steps=3"))
+    with pytest.raises(RecipeError, match=r"on each of 3 processes.*groups of 4"):
+        Processes(0, 3).share(tiny("method=flow_opd", "train.batch_size=12", "flow_opd.group_size=4", "query=null"))
+    with pytest.raises(RecipeError, match="gradient_cosine_steps compares whole gradients"):
+        Processes(0, 2).share(tiny("train.gradient_cosine_steps=2"))
 
 
 def test_every_process_has_random_numbers_of_its_own():
@@ -139,20 +176,32 @@ def test_every_process_has_random_numbers_of_its_own():
     assert len({tuple(stream.tolist()) for stream in streams}) == 3
 
 
-def _average(rank: int, store: str, out: Path) -> None:
+def _among_two(rank: int, store: str, out: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     processes_module.EXCHANGED = 3  # so that gradients go in several groups
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
     gradients = [[1.0, 2.0], [3.0, 5.0], None, None] if rank == 0 else [[5.0, 4.0], None, None, [2.0, 8.0]]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else torch.tensor(gradient)
-    Processes(rank, 2).average_gradients(parameters)
-    torch.save([parameter.grad for parameter in parameters], out / f"{rank}.pt")
+    processes = Processes(rank, 2)
+    processes.average_gradients(parameters)
+    found = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+    failures = []
+    for at_fault in (0, 1):
+        try:
+            processes.together(lambda: 1 // (rank != at_fault))  # noqa: B023
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    told = [processes.together(lambda: rank + 5), processes.first(rank), processes.gather_on_main(rank)]
+    (out / f"{rank}.json").write_text(json.dumps([found, failures, told]))
 
 
-def test_gradients_are_averaged_and_those_that_none_has_stay_away(tmp_path):
-    multiprocessing.spawn(_average, (str(tmp_path / "store"), tmp_path), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found[2] is None
-        assert [found[i].tolist() for i in (0, 1, 3)] == [[3.0, 3.0], [1.5, 2.5], [1.0, 4.0]]
+def test_what_goes_from_process_to_process(tmp_path):
+    multiprocessing.spawn(_among_two, (str(tmp_path / "store"), tmp_path), nprocs=2)
+    by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, (gradients, failures, told) in enumerate(by_rank):
+        assert gradients == [[3.0, 3.0], [1.5, 2.5], None, [1.0, 4.0]], "what none has stays away"
+        expected = [f"FailedElsewhere: process {at_fault}: integer division" for at_fault in (0, 1)]
+        expected[rank] = "ZeroDivisionError: integer division"
+        assert [found[: len(start)] for found, start in zip(failures, expected, strict=True)] == expected
+        assert told == [[5, 6], 0, [0, 1] if rank == 0 else []]

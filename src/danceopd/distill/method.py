@@ -39,6 +39,9 @@ class Method(ABC):
     queries: ClassVar[bool] = False
     """Whether the method asks for single states of a rollout."""
 
+    draws_apart: ClassVar[bool] = False
+    """Whether processes that share an update must each draw their own samples' routes."""
+
     routes: Sequence[Route]
     grid: Grid | GridFor
     router: Router = field(default_factory=WeightedRouter)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class StreamingDanceOPD(VelocityMatching):
             pool that is too small for a route, or so small that the minimum leaves little of the band, or a
             ``largest_pass`` below 1.
     """
+
+    draws_apart: ClassVar[bool] = True  # each from a pool of its own, which has so many of each route
 
     pool: int
     batch_size: int

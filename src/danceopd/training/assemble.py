@@ -168,7 +168,11 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
         routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field)))
     loaded.settle(device)
     grid = _grids(family, recipe.rollout.num_inference_steps, recipe.rollout.shift)
-    method = _method(recipe, routes, grid, loaded.fields, device)
+    try:
+        method = _method(recipe, routes, grid, loaded.fields, device)
+    except RecipeError as error:
+        share = f" (each of {processes.count} processes has a share of the pool)" if processes.count > 1 else ""
+        raise RecipeError(f"{error}{share}") from error
     hashes = loaded.hashes | {f"data of {name}": bucket.source.digest() for name, bucket in buckets.items()}
     return Assembly(**{**vars(loaded), "hashes": hashes}, method=method, buckets=buckets)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType
 from torch import distributed, nn
 
 from danceopd.recipe import Recipe, RecipeError, parse_recipe
@@ -18,10 +19,12 @@ Value = TypeVar("Value")
 
 EXCHANGED = 2**26
 """Gradients that are exchanged in one go, in numbers: what is held twice for that moment."""
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that encodes all data, say; one that ends is noticed at once."""
 
 
 class SeveralProcesses(RuntimeError):
-    """A launcher started as several processes what runs as one."""
+    """A launcher started as several processes what runs as one, or in a way that is not supported."""
 
 
 class FailedElsewhere(RuntimeError):
@@ -33,17 +36,36 @@ class Processes:
     """One process of a run's ``count``. Each trains its share of every update, from trajectories, data and random
     numbers of its own; gradients are averaged, so that all hold the same student.
 
+    group: over which values go from process to process, in main memory; None without others.
+
     Every method but ``share`` and ``generator`` is called by all processes at the same point.
     """
 
     rank: int = 0
     count: int = 1
+    group: distributed.ProcessGroup | None = None
 
     @classmethod
-    def launched(cls) -> Processes:
-        """As the launcher (torchrun, accelerate launch) says; one without a launcher. It joins the processes."""
+    @contextmanager
+    def launched(cls) -> Iterator[Processes]:
+        """As the launcher (torchrun, accelerate launch) says, joined until the end; one process without a launcher.
+
+        Raises:
+            SeveralProcesses: if the launcher asks for sharded networks or another engine.
+        """
         state = PartialState(cpu=not torch.cuda.is_available())
-        return cls(state.process_index, state.num_processes)
+        if state.num_processes == 1:
+            yield ALONE
+            return
+        if state.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise SeveralProcesses(
+                f"the launcher asks for {state.distributed_type.value}; every process holds all networks whole: launch "
+                "plain processes (accelerate launch --multi_gpu, or torchrun)"
+            )
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(group, distributed.ProcessGroup)  # every process is a member
+        yield cls(state.process_index, state.num_processes, group)
+        distributed.destroy_process_group()
 
     @property
     def main(self) -> bool:
@@ -53,20 +75,29 @@ class Processes:
     def share(self, recipe: Recipe) -> Recipe:
         """The recipe of one process: its part of the batch, and of the pool of streaming rollouts.
 
+        No micro-batch becomes larger by that, and there are as few as that allows.
+
         Raises:
             RecipeError: if they cannot be shared out evenly, or a part does not fit the rest of the recipe.
         """
-        if self.count == 1:
+        if self.count == 1 or recipe.train.steps == 0:
             return recipe
+        if recipe.train.gradient_cosine_steps:
+            raise RecipeError(
+                "train.gradient_cosine_steps compares whole gradients, and each process has a part; set it to 0"
+            )
         content = recipe.model_dump(mode="json")
-        where = f"on {self.count} processes, of which each has its share of train.batch_size and rollout.pool"
         for part, key in (("train", "batch_size"), ("rollout", "pool")):
             whole = content[part][key]
             if whole is not None and whole % self.count:
                 raise RecipeError(f"{part}.{key}: {whole} cannot be shared out evenly among {self.count} processes")
             if whole is not None:
                 content[part][key] = whole // self.count
-        return parse_recipe(content, where=where)
+        largest = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
+        batch = recipe.train.batch_size // self.count
+        passes = next(count for count in range(1, batch + 1) if batch % count == 0 and batch // count <= largest)
+        content["train"]["gradient_accumulation_steps"] = passes
+        return parse_recipe(content, where=f"on each of {self.count} processes, with its share of batch and pool")
 
     def generator(self, seed: int) -> torch.Generator:
         """A stream of random numbers of this process's own; the first one's is the seed's."""
@@ -78,30 +109,60 @@ class Processes:
 
     def gather(self, value: Value) -> list[Value]:
         """Every process's value, in their order. Tensors in it are on the CPU."""
-        return [value] if self.count == 1 else gather_object([value])
+        found = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(found, value, group=self.group)
+        return found
+
+    def gather_on_main(self, value: Value) -> list[Value]:
+        """The same on the first process, and nothing on the others."""
+        if self.count == 1:
+            return [value]
+        found = [value] * self.count if self.main else None
+        distributed.gather_object(value, found, dst=0, group=self.group)
+        return found or []
 
     def first(self, value: Value) -> Value:
         """The first process's value."""
-        return value if self.count == 1 else broadcast_object_list([value])[0]
+        held = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(held, src=0, group=self.group)
+        return held[0]
 
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """Leave together: if a process fails within, all fail, and the first that did says why.
+    def together(self, work: Callable[[], Value]) -> list[Value]:
+        """What ``work`` gives on every process; if it fails on one, all fail, and the first that did says why.
+
+        ``work`` exchanges nothing itself.
 
         Raises:
             FailedElsewhere: on all other processes.
         """
+        done: list[Value] = []
         failure: Exception | None = None
         try:
-            yield
+            done.append(work())
         except Exception as error:
             failure = error
-        failures = self.gather(None if failure is None else str(failure))
-        failed = [rank for rank, found in enumerate(failures) if found is not None]
-        if failed and failed[0] == self.rank and failure is not None:
-            raise failure
-        if failed:
-            raise FailedElsewhere(f"process {failed[0]}: {failures[failed[0]]}")
+        found = self.gather((done, None if failure is None else str(failure)))
+        for rank, (_, message) in enumerate(found):
+            if message is not None and failure is not None and rank == self.rank:
+                raise failure
+            if message is not None:
+                raise FailedElsewhere(f"process {rank}: {message}") from failure
+        return [value for values, _ in found for value in values]
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Do ``work`` on the first process while the others wait; if it fails, all fail.
+
+        Raises:
+            FailedElsewhere: on all other processes.
+        """
+
+        def done() -> None:
+            if self.main:
+                work()
+
+        self.together(done)
 
     def alike(self, error: Exception) -> Exception:
         """What to raise where all processes fail alike: the error on the first, so that it is told once."""
@@ -114,16 +175,17 @@ class Processes:
         reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
         reached = reached.to(parameters[0].device)
         distributed.all_reduce(reached, op=distributed.ReduceOp.MAX)
-        held = [parameter for parameter, found in zip(parameters, reached.tolist(), strict=True) if found]
-        for parameter in held:
-            if parameter.grad is None:
+        gradients = []
+        for parameter, found in zip(parameters, reached.tolist(), strict=True):
+            if found and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for group in _grouped(held):
-            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+        for group in _grouped(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in group])
             distributed.all_reduce(flat)
             flat /= self.count
-            for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            for gradient, mean in zip(group, flat.split([gradient.numel() for gradient in group]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
 
@@ -131,13 +193,15 @@ ALONE = Processes()
 """A run of one process."""
 
 
-def _grouped(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in their order, together of at most ``EXCHANGED`` numbers, or a single larger one."""
-    group: list[nn.Parameter] = []
-    for parameter in parameters:
-        if group and sum(each.numel() for each in [*group, parameter]) > EXCHANGED:
+def _grouped(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors in their order, together of at most ``EXCHANGED`` numbers, or a single larger one."""
+    group: list[torch.Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if group and held + tensor.numel() > EXCHANGED:
             yield group
-            group = []
-        group.append(parameter)
+            group, held = [], 0
+        group.append(tensor)
+        held += tensor.numel()
     if group:
         yield group

@@ -6,8 +6,9 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ class Trainer:
     def __post_init__(self) -> None:
         recipe, student = self.assembly.recipe, self.assembly.student
         keep_freed_memory()
-        self.accelerator = Accelerator(cpu=self.assembly.method.device == torch.device("cpu"))
+        self.accelerator = Accelerator(cpu=self.assembly.method.device == torch.device("cpu"), mixed_precision="no")
         if self.accelerator.num_processes != self.processes.count:
             raise SeveralProcesses(
                 f"only `danceopd train` runs as several processes, found {self.accelerator.num_processes}; start this "
@@ -89,12 +90,24 @@ class Trainer:
         """Continue from the newest checkpoint of the run folder; from the start if there is none.
 
         Raises:
-            CheckpointFailure: if a source, the data or the number of processes changed since.
+            CheckpointFailure: if a source, the data or the number of processes changed since, or the processes do not
+                find the same files.
         """
-        path = latest_checkpoint(self.folder.checkpoints)
-        if path is None:
-            self._forget_metrics_after(0)
-            return
+        path = self.processes.first(latest_checkpoint(self.folder.checkpoints))
+        found = self.processes.together(lambda: self._resume(path))
+        if any(other != found[0] for other in found):
+            message = "the processes do not find the same files: found other sources, data or checkpoints on one"
+            raise self.processes.alike(CheckpointFailure(message))
+
+    def _resume(self, path: Path | None) -> tuple[int, dict[str, str]]:
+        """The update gone on from, and the hashes of everything read."""
+        if path is not None:
+            self._load(path)
+        if self.processes.main:
+            self.folder.forget_metrics_after(self.step)
+        return self.step, self.assembly.hashes
+
+    def _load(self, path: Path) -> None:
         state = load_checkpoint_state(path)
         own = load_process_state(path, state, rank=self.processes.rank, count=self.processes.count)
         check_hashes(state.hashes, self.assembly.hashes, "resumed")
@@ -114,11 +127,6 @@ class Trainer:
                 bucket.load_state(own.buckets[name])
             except (KeyError, ValueError) as error:
                 raise CheckpointFailure(f"cannot resume route {name!r}: {error}") from error
-        self._forget_metrics_after(self.step)
-
-    def _forget_metrics_after(self, step: int) -> None:
-        if self.processes.main:
-            self.folder.forget_metrics_after(step)
 
     def run(self) -> None:
         """Train to the recipe's last update; a checkpoint stands at the end.
@@ -126,12 +134,9 @@ class Trainer:
         Raises:
             NonFiniteLoss, Interrupted, CheckpointFailure.
         """
-        part, main = self.assembly.recipe.train, self.processes.main
-        with (
-            _stop_requests() as stop,
-            closing(Tracker(self.folder, self.step)) if main else nullcontext() as tracker,
-            _progress(shown=main) as progress,
-        ):
+        part, on_main = self.assembly.recipe.train, self.processes.on_main
+        with ExitStack() as opened, _stop_requests() as stop, _progress(shown=self.processes.main) as progress:
+            on_main(lambda: opened.enter_context(self._open_tracker()))
             task = progress.add_task("training", total=part.steps, completed=self.step, loss="")
             if part.steps == 0:
                 self.save()
@@ -139,25 +144,22 @@ class Trainer:
                 started = time.monotonic()
                 metrics = self.update()
                 self.seconds += time.monotonic() - started
-                if tracker is not None:
-                    metrics |= self.diagnostics()  # neither its seconds nor its network calls are training's
-                    tracker.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
+                on_main(partial(self._log, metrics))
                 progress.update(task, completed=self.step, loss=f"loss {metrics['loss']:.4f}")
                 saved = self.step % part.checkpointing_steps == 0 or self.step == part.steps
                 if saved:
                     self.save()
-                if main and part.sample_steps and self.step % part.sample_steps == 0 and self.on_samples is not None:
-                    with self.assembly.student.using(self.ema.average):
-                        self.on_samples(self.assembly, self.step)
+                if part.sample_steps and self.step % part.sample_steps == 0:
+                    on_main(self._draw_samples)
                 stopped = next((number for found in self.processes.gather(stop[:1]) for number in found), None)
                 if stopped is not None:
                     if not saved:
                         self.save()
-                    stop_message = (
+                    message = (
                         f"{signal.Signals(stopped).name}: stopped after update {self.step}, which is saved; the same "
                         "command goes on from there (train and compare with --resume)"
                     )
-                    raise self.processes.alike(Interrupted(stop_message, 128 + stopped))
+                    raise self.processes.alike(Interrupted(message, 128 + stopped))
 
     def update(self) -> dict[str, float | int]:
         """One optimiser update; its metrics."""
@@ -166,28 +168,10 @@ class Trainer:
         rate = part.learning_rate * learning_rate_factor(self.step, part)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        routes = None
-        if self.processes.count > 1 and method.per == "step":
-            routes = self.processes.first(method.draw_routes(part.batch_size, self.generator))
-        cosine_due = part.gradient_cosine_steps and (self.step + 1) % part.gradient_cosine_steps == 0
-        cosines: dict[tuple[str, str], float] = {}
         shares = zip(method.routes, method.shares.tolist(), strict=True) if method.router.adaptive else ()
-        with self._autocast():
-            results = method.update(
-                self.assembly.student.model,
-                batch_size=part.batch_size,
-                micro_batches=part.gradient_accumulation_steps,
-                generator=self.generator,
-                routes=routes,
-                backward=None if cosine_due else self.accelerator.backward,
-            )
-        if cosine_due:
-            (result,) = results
-            cosines = route_gradient_cosines(result, parameters)
-            self.accelerator.backward(result.loss)
-        results = [
-            detached for own in self.processes.gather([result.detached() for result in results]) for detached in own
-        ]
+        routes = self._common_routes()
+        parts = self.processes.together(lambda: self._backward(routes))
+        results = [result for own, _ in parts for result in own]
         metrics = _metrics(results)
         self._refuse_non_finite(results)
         method.observe(results)
@@ -203,35 +187,85 @@ class Trainer:
         for result in results:
             self.calls += result.calls
         metrics |= {f"share/{route.name}": share for route, share in shares}
-        metrics |= {f"gradient_cosine/{a}/{b}": value for (a, b), value in cosines.items()}
+        metrics |= {f"gradient_cosine/{a}/{b}": value for (a, b), value in parts[0][1].items()}
         metrics |= {"learning_rate": rate, "gradient_norm": norm}
         metrics |= {f"calls/{name}": count for name, count in asdict(self.calls).items()}
         return metrics
+
+    def _common_routes(self) -> Tensor | None:
+        """This process's part of the routes of a whole update; None where it draws its own."""
+        method, processes = self.assembly.method, self.processes
+        if processes.count == 1 or (method.draws_apart and method.per == "sample"):
+            return None
+        count = self.assembly.recipe.train.batch_size * processes.count
+        drawn = processes.first(method.draw_routes(count, self.generator) if processes.main else None)
+        return None if drawn is None else drawn.chunk(processes.count)[processes.rank]
+
+    def _backward(self, routes: Tensor | None) -> tuple[list[StepResult], dict[tuple[str, str], float]]:
+        """This process's part of an update up to its gradients; the cosines of the routes' gradients where due."""
+        part, method = self.assembly.recipe.train, self.assembly.method
+        cosine_due = part.gradient_cosine_steps and (self.step + 1) % part.gradient_cosine_steps == 0
+        with self._autocast():
+            results = method.update(
+                self.assembly.student.model,
+                batch_size=part.batch_size,
+                micro_batches=part.gradient_accumulation_steps,
+                generator=self.generator,
+                routes=routes,
+                backward=None if cosine_due else self.accelerator.backward,
+            )
+        cosines: dict[tuple[str, str], float] = {}
+        if cosine_due:
+            (result,) = results
+            cosines = route_gradient_cosines(result, list(self.assembly.student.parameters.values()))
+            self.accelerator.backward(result.loss)
+        return [result.detached() for result in results], cosines
 
     def diagnostics(self) -> dict[str, float | int]:
         """Figures on what the method carries from one update to the next."""
         with self._autocast():
             return self.assembly.method.diagnostics(self.assembly.student.model)
 
-    def save(self) -> Path | None:
-        """Write a checkpoint, on the first process; every other one hands it what it has of its own."""
+    @contextmanager
+    def _open_tracker(self) -> Iterator[None]:
+        self._tracker = Tracker(self.folder, self.step)
+        try:
+            yield
+        finally:
+            self._tracker.close()
+
+    def _log(self, metrics: dict[str, float | int]) -> None:
+        """Write an update's metrics. Neither the seconds of diagnostics nor their network calls are training's."""
+        figures = {**metrics, **self.diagnostics(), "seconds": round(self.seconds, 3)}
+        self._tracker.log(self.step, figures)
+
+    def _draw_samples(self) -> None:
+        if self.on_samples is not None:
+            with self.assembly.student.using(self.ema.average):
+                self.on_samples(self.assembly, self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint, on the first process, to which every other one hands what it has of its own."""
         own = ProcessState(
             generator=pack_generator(self.generator),
             buckets={name: bucket.state() for name, bucket in self.assembly.buckets.items()},
         )
-        states = self.processes.gather((own, self.assembly.method.state()))
-        if not self.processes.main:
-            return None
+        states = self.processes.gather_on_main((own, self.assembly.method.state()))
+        self.processes.on_main(lambda: self._write_checkpoint(states))
+
+    def _write_checkpoint(self, states: list[tuple[ProcessState, dict[str, Tensor]]]) -> None:
+        """states: what each process has of its own, and what its method carries."""
+        (own, _), *others = states
         state = TrainingState(
             **vars(own),
-            others=[other for other, _ in states[1:]],
+            others=[other for other, _ in others],
             step=self.step,
             ema_updates=self.ema.updates,
             hashes=self.assembly.hashes,
             calls=asdict(self.calls),
             seconds=self.seconds,
         )
-        return save_checkpoint(
+        save_checkpoint(
             self.folder.checkpoints,
             state=state,
             student=self._live(),
