@@ -217,7 +217,7 @@ def _plane_plot(content: dict[str, Any]) -> str:
     for name, scores in content["sources"].items():
         place = scores[first]["value"], scores[second]["value"]
         axes.plot(*place, "*", markersize=12, color="#999")
-        axes.annotate(name, place, color="#777", fontsize=8)
+        axes.annotate(name, place, textcoords="offset points", xytext=(6, 4), color="#777", fontsize=8)
     for name, color in _method_colors(content).items():
         x, y = (content["views"]["updates"][name][capability]["overall"] for capability in (first, second))
         spans = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (x, y)]
