@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from danceopd.comparison.results import GROUPS, Results
 from danceopd.comparison.statistics import as_json, mean_over_seeds, paired_difference, paired_ratio
@@ -196,9 +197,23 @@ def _compute_plot(content: dict[str, Any]) -> str:
             compute = [point["compute"] for point in points]
             spans = [value - low, high - value]
             axes.errorbar(compute, value, yerr=spans, marker="o", color=color, capsize=3, label=name)
-        axes.set(xscale="log", xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
+        _compute_axis(axes)
+        axes.set(xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
     _legend(figure, all_axes[0])
     return figure_url(figure)
+
+
+def _compute_axis(axes: Any) -> None:
+    """Logarithmic where the points span enough for that, with few and plain numbers."""
+    low, high = axes.get_xlim()
+    if low > 0 and high < 3 * low:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    else:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(axis="x", labelsize=8)
 
 
 _LOW_VALUE_HIGH = ("low", "value", "high")
