@@ -21,6 +21,11 @@ from danceopd.training.processes import Processes
 from danceopd.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
+NOTHING_TRAINED = [
+    *(f"{part}={{}}" for part in ("query", "rollout", "routing")),
+    "student={init: {t2i: 1.0, edit: 3.0}, init_mode: merged}",
+    "train={steps: 0, precision: fp32}",
+]
 
 
 def shares_by_hand(recipe, updates):
@@ -164,8 +169,14 @@ def test_a_share_is_an_even_part_of_batch_and_pool(tiny):
         assert (part.batch_size, part.gradient_accumulation_steps) == (batch, passes)
     with pytest.raises(RecipeError, match=r"train.batch_size: 6 cannot be shared out evenly among 4 processes"):
         Processes(0, 4).share(recipe)
-    with pytest.raises(RecipeError, match=r"on each of 3 processes.*groups of 4"):
-        Processes(0, 3).share(tiny("method=flow_opd", "train.batch_size=12", "flow_opd.group_size=4", "query=null"))
+    groups = tiny("method=flow_opd", "query={}", "train.batch_size=12", "flow_opd.group_size=3")
+    assert Processes(0, 2).share(groups).train.batch_size == 6
+    with pytest.raises(
+        RecipeError, match=r"on each of 3 processes.*a micro-batch of 4 is not a multiple of groups of 3"
+    ):
+        Processes(0, 3).share(groups)
+    merged = tiny("method=weight_merge", *NOTHING_TRAINED)
+    assert Processes(0, 3).share(merged) is merged
     with pytest.raises(RecipeError, match="gradient_cosine_steps compares whole gradients"):
         Processes(0, 2).share(tiny("train.gradient_cosine_steps=2"))
 
