@@ -64,8 +64,10 @@ class Processes:
             )
         group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(group, distributed.ProcessGroup)  # every process is a member
-        yield cls(state.process_index, state.num_processes, group)
-        distributed.destroy_process_group()
+        try:
+            yield cls(state.process_index, state.num_processes, group)
+        finally:  # or the interpreter may abort at its end when another process has gone before
+            distributed.destroy_process_group()
 
     @property
     def main(self) -> bool:
