@@ -8,7 +8,7 @@ quickstart: .venv/installed
 	$(BIN)/danceopd quickstart
 
 test: .venv/installed lint
-	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
 	$(BIN)/coverage report --include='*/fields/*,*/distill/*,*/states.py' --fail-under=90
 
 lint: .venv/installed
