@@ -68,11 +68,13 @@ def descendants(pid):
     return found
 
 
+UPDATES = 400
+
+
 def begin(tmp_path, out):
     recipe = TINY["recipe"] | {"train": TINY["recipe"]["train"] | {"checkpointing_steps": 1}}
-    path = write(
-        tmp_path, compute=None, updates=400, recipe=recipe, methods={"danceopd": {}, "joint": {"method": "joint"}}
-    )
+    methods = {"danceopd": {}, "joint": {"method": "joint"}, "next": {"train.learning_rate": 1e-4}}
+    path = write(tmp_path, compute=None, updates=UPDATES, recipe=recipe, methods=methods)
     command = [*COMMAND, "compare", str(path), "--jobs", "2", "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
@@ -96,4 +98,6 @@ def test_a_stopped_comparison_leaves_no_process_and_whole_checkpoints(tmp_path, 
     while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [child for child in children if os.path.exists(f"/proc/{child}")]
-    assert all((file.parent / "student.safetensors").exists() for file in tmp_path.rglob("state.json"))
+    saved = list(tmp_path.rglob("state.json"))
+    assert all((file.parent / "student.safetensors").exists() for file in saved)
+    assert not [file for file in saved if file.parent.name == f"step-{UPDATES:06d}"]  # nor was more trained

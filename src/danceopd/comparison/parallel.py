@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ import torch
 from danceopd.training.trainer import Interrupted
 
 Item = TypeVar("Item")
+_PATIENCE = 5.0
+"""Seconds from one SIGTERM to a run's process to the next."""
 
 
 def in_parallel(work: Callable[[Item], str], items: Sequence[Item], jobs: int, report: Callable[[str], None]) -> None:
@@ -42,11 +45,17 @@ def in_parallel(work: Callable[[Item], str], items: Sequence[Item], jobs: int, r
             for done, future in enumerate(as_completed([pool.submit(work, item) for item in items]), start=1):
                 report(f"{future.result()} ({done} of {len(items)})")
         except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end_all()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown()
+
+
+def _end_all() -> None:
+    while processes := multiprocessing.active_children():
+        for process in processes:  # again and again: the first signal ends a run, and the pool has more in its queue
+            process.terminate()
+        wait([process.sentinel for process in processes], timeout=_PATIENCE)
 
 
 def _begin(threads: int) -> None:
@@ -62,7 +71,7 @@ def _end_with_parent() -> None:
     parent.join()
     while True:  # the first may only end an update
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        time.sleep(_PATIENCE)
 
 
 @contextmanager
