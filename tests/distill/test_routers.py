@@ -125,7 +125,7 @@ def test_reweighting_leaves_the_losses_that_it_goes_by_alone(rng):
     router = told(d.GapRouter(floor=0.25, decay=0.0, reweight=True), [9.0, 0.0])
     method, parts = two_constants(router, stratified=True), []
     (result,) = method.update(
-        Constant(4.0), batch_size=8, micro_batches=1, generator=rng, backward=lambda loss: parts.append(float(loss))
+        Constant(4.0), batch_size=8, micro_batches=1, generator=rng, backward=lambda loss: parts.append(loss.item())
     )
     assert {name: float(route.loss) for name, route in result.routes.items()} == {"one": 9.0, "two": 4.0}
     assert sum(parts) == pytest.approx(float(result.loss)) == pytest.approx(0.25 * 9 + 0.75 * 4)

@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_pipelines import Case
 
 from danceopd.data.images import write_image_file
 from danceopd.fields.adapters import AdapterBackbone
 from danceopd.fields.lora import Lora
 from danceopd.fields.teachers import save_lora
+from danceopd.training.checkpoint import checkpoints
+from danceopd.training.run_folder import RunFolder
 
+CPU = torch.device("cpu")
+FAMILY = {"kontext": "flux", "omni": "z_image"}
+"""A case's family, where its name is another."""
 PROMPTS = ["a red circle", "a small blue square beside a green star"]
 HEIGHT, WIDTH = 16, 24
 
@@ -30,6 +36,12 @@ def save_teacher(family: Any, path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     weights = {key: torch.randn(w.shape, generator=generator) * 0.3 for key, w in backbone.state("teacher").items()}
     save_lora(Lora(rank=3, alpha=5.0, weights=weights), path)
+
+
+def final(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a run's last checkpoint."""
+    path = checkpoints(folder.checkpoints)[-1]
+    return {name: load_file(path / f"{name}.safetensors") for name in ("student", "ema", "optimizer")}
 
 
 def write_manifest(path: Path, *lines: dict[str, str]) -> None:

@@ -9,9 +9,8 @@ from danceopd.recipe import load_recipe
 from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import checkpoints
-from recipes import write_recipe
+from recipes import FAMILY, write_recipe
 
-FAMILY = {"kontext": "flux", "omni": "z_image"}
 SETTINGS = [
     "rollout={num_inference_steps: 4, mode: streaming, pool: 8, staleness_steps: 2}",
     "routing.stratified=true",
