@@ -1,5 +1,6 @@
 """danceopd: one student from several frozen flow-matching experts (DanceOPD, arXiv 2606.27377)."""
 
+from danceopd.distill.mean_velocity import MeanVelocityField
 from danceopd.distill.objective import VelocityMSE
 from danceopd.distill.query import BetaQuery, StratifiedQuery
 from danceopd.distill.rollout import rollout
@@ -24,6 +25,7 @@ __all__ = [
     "GapRouter",
     "Grid",
     "GuidedField",
+    "MeanVelocityField",
     "MixtureField",
     "ModelField",
     "NetworkCalls",

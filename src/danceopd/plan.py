@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from danceopd.distill.mean_velocity import MeanVelocityField
 from danceopd.distill.method import Method
 from danceopd.distill.streaming import StreamingDanceOPD
-from danceopd.fields.guidance import GuidedField
 from danceopd.recipe import METHODS, FieldPart, Recipe
 from danceopd.training.activations import Activations
 from danceopd.training.assemble import Assembly, assemble, autocast
@@ -77,9 +77,11 @@ def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float
     words = [f"{route.name}: {share:.0%} of samples{at_first}, taught by {_taught_by(field)}"]
     if field.prompt_prefix:
         words.append(f'told "{field.prompt_prefix}" first')
-    if isinstance(route.field, GuidedField):
+    if route.guidance is not None:
         negative = field.negative_prompt if part.negative_prompt is None else part.negative_prompt
-        words.append(f"guidance {route.field.guidance_scale:g}" + (f' against "{negative}"' if negative else ""))
+        words.append(f"guidance {route.guidance.guidance_scale:g}" + (f' against "{negative}"' if negative else ""))
+    if isinstance(route.field, MeanVelocityField):
+        words.append(f"{route.field.substeps} of its steps in one")
     pack = f"pack {data.pack}" + (f" on {data.images}" if data.images else "")
     size = part.resolution or recipe.resolution
     inputs = assembly.buckets[route.name].source

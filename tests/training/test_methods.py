@@ -102,6 +102,9 @@ def test_check_predicts_each_methods_cost(tiny):
     assert (group.field_calls, group.train_calls) == (64, 64)
     assert plans["off_policy"].rollout_calls == 0 < plans["danceopd"].rollout_calls
     assert plans["soft_mixing"].field_calls == 2 * plans["danceopd"].field_calls
+    few = check(tiny("rollout.substeps=3"))
+    assert few.field_calls == 3 * plans["danceopd"].field_calls
+    assert all("3 of its steps in one" in sentence for sentence in few.routes)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,16 @@ def test_check_predicts_each_methods_cost(tiny):
         (["method=joint", PLAIN, "flow_opd.eta=0.5"], "flow_opd: method 'joint' makes no use"),
         (["method=joint", PLAIN], "rollout.num_inference_steps: it would do nothing here, found 4"),
         (["method=joint", PLAIN, "rollout={shift: 3.0}"], "rollout.shift: it would do nothing here"),
+        (["method=joint", PLAIN, "rollout={substeps: 2}"], "rollout.substeps: it would do nothing here, found 2"),
+        (["method=flow_opd", PLAIN, "rollout.substeps=2"], "with form: ode, found flow_opd"),
+        (
+            ["method=diffusion_opd", PLAIN, "diffusion_opd.form=sde", "rollout.substeps=2"],
+            "rollout.substeps: .*, found diffusion_opd with form: sde",
+        ),
+        (
+            ["rollout.substeps=2", "query.over=sigma"],
+            r"query.over: rollout.substeps needs .* \('step'\), found 'sigma'",
+        ),
         (
             [*MERGE, "train={steps: 0, learning_rate: 0.01}"],
             "train.learning_rate: it would do nothing",

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from danceopd.distill.mean_velocity import MeanVelocityField
 from danceopd.distill.query import QueryBand
 from danceopd.distill.schedule import Grid, GridFor, grid_of
 from danceopd.distill.selection import systematic
@@ -53,7 +54,7 @@ class Route:
     shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        guided = self.field if isinstance(self.field, GuidedField) else None
+        guided = self.guidance
         if self.field_empty is None and guided is not None:
             object.__setattr__(self, "field_empty", guided.empty)
         if self.empty is None and guided is not None:
@@ -66,6 +67,12 @@ class Route:
             raise ValueError(f"route {self.name!r} needs prompt_dropout in [0, 1], found {self.prompt_dropout}")
         if self.dropout > 0 and self.empty is None:
             raise ValueError(f"route {self.name!r} has prompt_dropout {self.dropout} but no empty condition")
+
+    @property
+    def guidance(self) -> GuidedField | None:
+        """The guided field that teaches, be it in one step or in several."""
+        field = self.field.field if isinstance(self.field, MeanVelocityField) else self.field
+        return field if isinstance(field, GuidedField) else None
 
     @property
     def dropout(self) -> float:

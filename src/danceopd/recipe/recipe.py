@@ -182,6 +182,7 @@ class Recipe(Part):
         if self.method == "weight_merge" and not isinstance(self.student.init, dict):
             raise ValueError("student.init: method 'weight_merge' needs {field: weight, ...}")
         self._check_streaming()
+        self._check_substeps()
         if self.method == "off_policy" and self.query.states == "student":
             raise ValueError("query.states: method 'off_policy' needs 'data' or 'teacher'")
         if self.method == "soft_mixing" and self.query.states != "student":
@@ -251,6 +252,21 @@ class Recipe(Part):
             raise ValueError(f"query.over: rollout.mode 'streaming' needs 'step', found {self.query.over!r}")
         if self.query.per_rollout != 1:
             raise ValueError(f"query.per_rollout: rollout.mode 'streaming' needs 1, found {self.query.per_rollout}")
+
+    def _check_substeps(self) -> None:
+        if self.rollout.substeps == 1 or self.method in ("joint", "weight_merge"):  # which make no rollout: see IDLE
+            return
+        stochastic = self.method == "diffusion_opd" and self.diffusion_opd.form == "sde"
+        if self.method not in ("danceopd", "off_policy", "diffusion_opd") or stochastic:
+            found = "diffusion_opd with form: sde" if stochastic else self.method
+            raise ValueError(
+                "rollout.substeps: a mean velocity can be taught by 'danceopd', 'off_policy' and 'diffusion_opd' with "
+                f"form: ode, found {found}"
+            )
+        if "query" in METHODS[self.method] and self.query.over != "step":
+            raise ValueError(
+                f"query.over: rollout.substeps needs states at whole steps ('step'), found {self.query.over!r}"
+            )
 
     def _refuse_idle_keys(self) -> None:
         idle = dict(IDLE.get(self.method, {}))

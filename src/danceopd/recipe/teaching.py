@@ -64,6 +64,12 @@ class RolloutPart(Part):
 
     num_inference_steps: int = Field(default=16, ge=2, description="Steps N of the full grid.")
     shift: float | None = number(default=None, gt=0, description="Shift of the sigma grid; the family's by default.")
+    substeps: int = Field(
+        default=1,
+        ge=1,
+        description="Euler steps that a field takes within one of the rollout's. Above 1 the student is taught their "
+        "mean velocity, and samples in N steps along the field's path of so many times N.",
+    )
     mode: Literal["fresh", "streaming"] = Field(
         default="fresh",
         description="Roll each sample out from noise, or keep trajectories in flight that each update moves one step.",

@@ -16,6 +16,7 @@ from danceopd.baselines.joint import JointTraining
 from danceopd.baselines.merge import merged_loras, merged_weights
 from danceopd.baselines.soft_mixing import soft_mixing
 from danceopd.data.examples import Bucket
+from danceopd.distill.mean_velocity import MeanVelocityField
 from danceopd.distill.method import Method
 from danceopd.distill.objective import OBJECTIVES
 from danceopd.distill.query import BANDS, QueryBand
@@ -143,6 +144,7 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
         except ValueError as error:
             raise RecipeError(f"train.compile: {error}") from error
     family, inputs = loaded.family, loaded.inputs
+    grid = _grids(family, recipe.rollout.num_inference_steps, recipe.rollout.shift)
     buckets, routes = {}, []
     needs_targets = recipe.method == "joint" or recipe.query.states == "data"
     for index, part in enumerate(recipe.routes):
@@ -165,9 +167,8 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
         if part.field in loaded.bare:
             bare, told = loaded.bare[part.field]
             field = _guided(bare, *_guidance(recipe, part), told.family)
-        routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field)))
+        routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field), grid))
     loaded.settle(device)
-    grid = _grids(family, recipe.rollout.num_inference_steps, recipe.rollout.shift)
     try:
         method = _method(recipe, routes, grid, loaded.fields, device)
     except RecipeError as error:
@@ -208,9 +209,18 @@ def _guidance(recipe: Recipe, part: RoutePart) -> tuple[float, str]:
 
 
 def _route(
-    recipe: Recipe, index: int, field: VelocityField, bucket: Bucket, family: Family, told: FieldInput | None
+    recipe: Recipe,
+    index: int,
+    field: VelocityField,
+    bucket: Bucket,
+    family: Family,
+    told: FieldInput | None,
+    grid: GridFor,
 ) -> Route:
     part = recipe.routes[index]
+    own_grid = _grids(family, part.num_inference_steps, recipe.rollout.shift) if part.num_inference_steps else None
+    if recipe.rollout.substeps > 1:
+        field = MeanVelocityField(field, grid=own_grid or grid, substeps=recipe.rollout.substeps)
     shape = family.latent_shape(*(bucket.source[0].wanted_size or part.resolution or family.size))
     negative = _guidance(recipe, part)[1]
     return Route(
@@ -221,7 +231,7 @@ def _route(
         prompt_dropout=part.prompt_dropout,
         empty=partial(family.empty, negative_prompt=negative),
         field_empty=None if told is None else partial(told.family.empty, negative_prompt=negative),
-        grid=_grids(family, part.num_inference_steps, recipe.rollout.shift) if part.num_inference_steps else None,
+        grid=own_grid,
         query=_query(recipe, part.per_rollout) if part.per_rollout else None,
         shape=shape,
     )
