@@ -205,7 +205,9 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="Source image of an edit.")] = None,
     field: Annotated[str, typer.Option(help="student, base, or a field of the recipe.")] = "student",
     guidance_scale: Annotated[float, typer.Option(min=0, help="External guidance; 1 is none.")] = 1.0,
-    num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 16,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampler steps; as the run is evaluated by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; the image's or family's by default.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; with --height.")] = None,

@@ -132,13 +132,18 @@ def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_
     sizes = {part.name or part.field: part.resolution or run.family.size for part in recipe.routes}
     trained = f"Trained for {state.step} updates of {recipe.train.batch_size} samples by {recipe.method}"
     areas = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items())
+    limits = [f"{trained}, on images of about the area of {areas} pixels; other sizes were not tried."]
+    if recipe.rollout.substeps > 1:
+        limits.append(
+            f"Taught to sample in {recipe.rollout.num_inference_steps} steps; other numbers of steps were not taught."
+        )
     return ModelCard(
         base=base_id or _base_name(recipe.base),
         fields={name: model_source(public, name) for name in public.fields},
         hashes={names.of_source(source): digest for source, digest in state.hashes.items()},
         recipe=dump_recipe(public),
         scores=_scores(folder),
-        limits=[f"{trained}, on images of about the area of {areas} pixels; other sizes were not tried."],
+        limits=limits,
     )
 
 

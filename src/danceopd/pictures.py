@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,14 @@ def sample_images(
     image: Path | None,
     field: str,
     guidance_scale: float,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     seed: int,
     out: Path,
     size: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Draw one PNG per prompt with the student or a named field.
 
+    num_inference_steps: of the sampler; by default the recipe's ``evaluate.num_inference_steps``.
     size: height and width; by default the image's, or else the family's.
 
     Raises:
@@ -50,7 +52,9 @@ def sample_images(
     models = model_velocities(run) | {name: value.velocity for name, value in run.fields.items()}
     if field not in models:
         raise RecipeError(f"{folder.path} has no field {field!r}; it has {', '.join(models)}")
-    asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed}
+    asked: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed}
+    if num_inference_steps is not None:
+        asked["num_inference_steps"] = num_inference_steps
     part = evaluate_part(run.recipe.evaluate.model_dump() | asked)
     source = None if image is None else read_image_file(image)
     examples = [Example(prompt=prompt, source=source) for prompt in prompts]

@@ -9,6 +9,9 @@ from closed_forms import GaussianField, TinyNet
 from torch import nn
 
 import danceopd as d
+from danceopd.baselines.diffusion_opd import DiffusionOPD
+from danceopd.baselines.flow_opd import FlowOPD
+from danceopd.baselines.off_policy import off_policy
 from danceopd.distill.mean_velocity import MeanVelocityField
 from danceopd.distill.solver import integrate
 
@@ -70,18 +73,30 @@ class PerStep(nn.Module):
         return self.a[j][:, None] * z + self.b[j][:, None]
 
 
-@pytest.mark.parametrize("build", [d.DanceOPD, lambda **o: d.StreamingDanceOPD(pool=128, batch_size=64, **o)])
+UNIFORM = {"query": d.BetaQuery(1, 1), "stratified": True}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **o: d.DanceOPD(**UNIFORM, **o),
+        lambda **o: d.StreamingDanceOPD(pool=128, batch_size=64, **UNIFORM, **o),
+        lambda **o: off_policy(states="teacher", **UNIFORM, **o),
+        lambda **o: DiffusionOPD(**o),
+    ],
+    ids=["fresh", "streaming", "off_policy", "diffusion_opd"],
+)
 def test_a_student_learns_to_take_four_steps_where_its_field_takes_sixteen(rng, build):
     def inputs(count, generator):
         return d.Samples(condition=torch.zeros(count, 2), shape=(2,))
 
     field, student = GaussianField(0.7, 0.5), PerStep()
     route = d.Route("one", MeanVelocityField(field, grid=GRID, substeps=4), inputs)
-    method = build(routes=[route], grid=GRID, query=d.BetaQuery(1, 1), stratified=True)
+    method = build(routes=[route], grid=GRID)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
     for _ in range(400):
         result = method.step(student, batch_size=64, generator=rng)
-        assert result.calls.field == 4 * 64
+        assert result.calls.field == 4 * result.calls.train
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
@@ -96,6 +111,13 @@ def test_a_guided_field_taken_in_several_steps_is_guided_still():
     assert mean.calls_per_velocity == 8
     route = d.Route("guided", mean, lambda count, generator: None)
     assert (route.guidance, route.dropout, route.empty) == (guided, 0.1, torch.zeros_like)
+
+
+@pytest.mark.parametrize("build", [FlowOPD, lambda **o: DiffusionOPD(form="sde", **o)])
+def test_a_stochastic_step_takes_no_mean(build):
+    mean = MeanVelocityField(GaussianField(0, 1), grid=GRID, substeps=2)
+    with pytest.raises(ValueError, match=r"needs the velocity at its state, and route 'one' is taught a mean"):
+        build(routes=[d.Route("one", mean, lambda count, generator: None)], grid=GRID)
 
 
 def test_what_is_no_step_of_the_grid_is_refused():

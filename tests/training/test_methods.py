@@ -17,6 +17,7 @@ from danceopd.training.trainer import load_run
 
 CPU = torch.device("cpu")
 PLAIN = "query={}"
+FOUR = "evaluate.num_inference_steps=4"
 SETTINGS = {
     "danceopd": [],
     "soft_mixing": [],
@@ -102,7 +103,7 @@ def test_check_predicts_each_methods_cost(tiny):
     assert (group.field_calls, group.train_calls) == (64, 64)
     assert plans["off_policy"].rollout_calls == 0 < plans["danceopd"].rollout_calls
     assert plans["soft_mixing"].field_calls == 2 * plans["danceopd"].field_calls
-    few = check(tiny("rollout.substeps=3"))
+    few = check(tiny("rollout.substeps=3", FOUR))
     assert few.field_calls == 3 * plans["danceopd"].field_calls
     assert all("3 of its steps in one" in sentence for sentence in few.routes)
 
@@ -125,6 +126,10 @@ def test_check_predicts_each_methods_cost(tiny):
             ["rollout.substeps=2", "query.over=sigma"],
             r"query.over: rollout.substeps needs .* \('step'\), found 'sigma'",
         ),
+        (["rollout.substeps=2"], r"evaluate.num_inference_steps: .* steps of the rollout .* 4\).*, found 2"),
+        (["rollout.substeps=2", FOUR, "evaluate.shift=2.0"], "evaluate.shift: .* None.*, found 2.0"),
+        (["rollout.substeps=2", "objective=velocity_mse_kl"], "objective: 'velocity_mse_kl' weighs velocities"),
+        (["rollout.substeps=2", "routes.1.num_inference_steps=8"], r"routes\.1\.num_inference_steps: .* one number"),
         (
             [*MERGE, "train={steps: 0, learning_rate: 0.01}"],
             "train.learning_rate: it would do nothing",

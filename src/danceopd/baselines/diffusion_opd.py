@@ -45,6 +45,8 @@ class DiffusionOPD(Method):
             raise ValueError(f"form is 'ode' or 'sde', found {self.form!r}")
         if self.per != "sample" or not self.stratified:
             raise ValueError("DiffusionOPD holds every route in every update: per 'sample', stratified")
+        if self.form == "sde":
+            self.require_velocities("a stochastic step needs the velocity at its state")
         self.require_static_shares("DiffusionOPD holds every route's exact share in every update")
 
     def expected_calls(self) -> ExpectedCalls:

@@ -61,6 +61,7 @@ class FlowOPD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_velocities("a stochastic step needs the velocity at its state")
         if self.gradient not in ("pathwise", "score", "total"):
             raise ValueError(f"gradient is 'pathwise', 'score' or 'total', found {self.gradient!r}")
         if self.group_size < 1 or (self.gradient == "score" and self.group_size < 2):

@@ -20,6 +20,7 @@ import torch
 from danceopd.training.trainer import Interrupted
 
 Item = TypeVar("Item")
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 5.0
 """Seconds from one SIGTERM to a run's process to the next."""
 
@@ -45,6 +46,8 @@ def in_parallel(work: Callable[[Item], str], items: Sequence[Item], jobs: int, r
             for done, future in enumerate(as_completed([pool.submit(work, item) for item in items]), start=1):
                 report(f"{future.result()} ({done} of {len(items)})")
         except BaseException:
+            for number in _STOPPING:
+                signal.signal(number, signal.SIG_IGN)  # a second one must not cut the ending short
             pool.shutdown(wait=False, cancel_futures=True)
             _end_all()
             raise
@@ -82,7 +85,7 @@ def _signals_as_interrupts() -> Iterator[None]:
             128 + number,
         )
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
         yield
     finally:

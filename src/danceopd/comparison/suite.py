@@ -136,6 +136,8 @@ def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
                 f"{path}: measures.guidance needs one route, taught by its field as that is scored: without a "
                 "guidance_scale or negative_prompt of the route's own"
             )
+    if content.measures.guidance is not None and recipe.rollout.substeps > 1:
+        raise SuiteError(f"{path}: measures.guidance compares velocities, and rollout.substeps teaches their means")
     sources = ["base", *(name for name, part in recipe.fields.items() if not part.is_base)]
     teacher = None if content.measures.realism is None else content.measures.realism.teacher
     if teacher is not None and teacher not in sources[1:]:

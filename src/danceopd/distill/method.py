@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from danceopd.distill.batch import RoutedBatch, draw_batches
 from danceopd.distill.losses import UpdateLosses
+from danceopd.distill.mean_velocity import MeanVelocityField
 from danceopd.distill.query import QueryBand
 from danceopd.distill.routers import Router, WeightedRouter
 from danceopd.distill.routing import Route, draw_routes, require_routes
@@ -144,6 +145,12 @@ class Method(ABC):
         """Raises a ValueError with the reason if the shares change from update to update."""
         if self.router.adaptive:
             raise ValueError(f"{reason}, and a {type(self.router).__name__} changes the shares")
+
+    def require_velocities(self, reason: str) -> None:
+        """Raises a ValueError with the reason if a field's velocity is the mean over a step, not that at a state."""
+        for route in self.routes:
+            if isinstance(route.field, MeanVelocityField):
+                raise ValueError(f"{reason}, and route {route.name!r} is taught a mean over a whole step")
 
     def state(self) -> dict[str, Tensor]:
         """What the method carries from one update to the next, for checkpoints; most carry nothing."""

@@ -267,6 +267,20 @@ class Recipe(Part):
             raise ValueError(
                 f"query.over: rollout.substeps needs states at whole steps ('step'), found {self.query.over!r}"
             )
+        if self.objective == "velocity_mse_kl":
+            raise ValueError("objective: 'velocity_mse_kl' weighs velocities, and rollout.substeps teaches their means")
+        for index, route in enumerate(self.routes):
+            if route.num_inference_steps is not None:
+                raise ValueError(
+                    f"routes.{index}.num_inference_steps: rollout.substeps teaches one number of steps, the rollout's"
+                )
+        for key in ("num_inference_steps", "shift"):
+            taught, evaluated = getattr(self.rollout, key), getattr(self.evaluate, key)
+            if taught != evaluated:
+                raise ValueError(
+                    f"evaluate.{key}: rollout.substeps teaches the steps of the rollout ({key} {taught}), and others "
+                    f"would be taken, found {evaluated}"
+                )
 
     def _refuse_idle_keys(self) -> None:
         idle = dict(IDLE.get(self.method, {}))
