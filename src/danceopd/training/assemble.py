@@ -218,9 +218,8 @@ def _route(
     grid: GridFor,
 ) -> Route:
     part = recipe.routes[index]
-    own_grid = _grids(family, part.num_inference_steps, recipe.rollout.shift) if part.num_inference_steps else None
-    if recipe.rollout.substeps > 1:
-        field = MeanVelocityField(field, grid=own_grid or grid, substeps=recipe.rollout.substeps)
+    if recipe.rollout.substeps > 1:  # no route then has a grid of its own
+        field = MeanVelocityField(field, grid=grid, substeps=recipe.rollout.substeps)
     shape = family.latent_shape(*(bucket.source[0].wanted_size or part.resolution or family.size))
     negative = _guidance(recipe, part)[1]
     return Route(
@@ -231,7 +230,7 @@ def _route(
         prompt_dropout=part.prompt_dropout,
         empty=partial(family.empty, negative_prompt=negative),
         field_empty=None if told is None else partial(told.family.empty, negative_prompt=negative),
-        grid=own_grid,
+        grid=_grids(family, part.num_inference_steps, recipe.rollout.shift) if part.num_inference_steps else None,
         query=_query(recipe, part.per_rollout) if part.per_rollout else None,
         shape=shape,
     )
