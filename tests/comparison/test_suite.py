@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_suites import SEARCH, TINY, write
+from tiny_suites import SEARCH, TINY, single_route, write
 
 from danceopd.comparison.suite import _DEFAULTS, SuiteError, load_suite, updates_within
 from danceopd.recipe import Recipe
@@ -91,6 +91,14 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
 def test_suites_that_compare_unlike_things_or_do_not_fit_are_refused(tmp_path, changes, message):
     with pytest.raises(SuiteError, match=message):
         load_suite(write(tmp_path, **changes))
+
+
+def test_guidance_is_not_measured_of_a_student_that_was_taught_means(tmp_path):
+    methods = {"plain": {}, "few": {"rollout.substeps": 2}}
+    suite = single_route({"base": True}, methods, measures={"guidance": {"scales": [1.0]}}, capabilities=["t2i"])
+    suite["recipe"] = suite["recipe"] | {"evaluate": {"scenes_per_task": 2, "num_inference_steps": 4}}
+    with pytest.raises(SuiteError, match="guidance compares velocities, and rollout.substeps teaches their means"):
+        load_suite(write(tmp_path, suite))
 
 
 def test_files_that_are_no_suites_are_refused(tmp_path):

@@ -327,6 +327,11 @@ def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
     options = {"field": "student", "guidance_scale": 2.0, "num_inference_steps": 2, "seed": 0, "out": tmp_path / "out"}
     paths = sample_images(folder, prompts=["a red circle", "a square"], image=None, **options)
     assert [path.exists() for path in paths] == [True, True]
+    two = paths[0].read_bytes()
+    sample_images(folder, prompts=["a red circle", "a square"], image=None, **{**options, "num_inference_steps": None})
+    assert paths[0].read_bytes() == two  # as the recipe evaluates: in 2
+    sample_images(folder, prompts=["a red circle", "a square"], image=None, **{**options, "num_inference_steps": 3})
+    assert paths[0].read_bytes() != two
     edited = sample_images(folder, prompts=["remove the red circle"], image=paths[0], **{**options, "field": "edit"})
     assert edited[0].name == "edit-0-0.png"
     write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
