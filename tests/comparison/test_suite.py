@@ -97,7 +97,7 @@ def test_guidance_is_not_measured_of_a_student_that_was_taught_means(tmp_path):
     methods = {"plain": {}, "few": {"rollout.substeps": 2}}
     suite = single_route({"base": True}, methods, measures={"guidance": {"scales": [1.0]}}, capabilities=["t2i"])
     suite["recipe"] = suite["recipe"] | {"evaluate": {"scenes_per_task": 2, "num_inference_steps": 4}}
-    with pytest.raises(SuiteError, match="guidance compares velocities, and rollout.substeps teaches their means"):
+    with pytest.raises(SuiteError, match=r"guidance compares velocities, and rollout\.substeps teaches their means"):
         load_suite(write(tmp_path, suite))
 
 
