@@ -47,12 +47,15 @@ NAMES = {
 """What the run's hashes call a source, and what the card does."""
 
 
-def test_a_card_names_every_source_by_itself_and_no_folder(tmp_path):
-    recipe = parse_recipe(CONTENT, where="test")
-    hashes = {source: f"{index:064}" for index, source in enumerate(NAMES)}
+def card_of(content, hashes, folder):
     state = TrainingState(step=3, ema_updates=3, generator="", buckets={}, hashes=hashes, calls={}, seconds=1.0)
-    run = SimpleNamespace(recipe=recipe, family=SimpleNamespace(size=(16, 24)))
-    card = model_card(RunFolder(tmp_path), run, state, None)
+    run = SimpleNamespace(recipe=parse_recipe(content, where="test"), family=SimpleNamespace(size=(16, 24)))
+    return model_card(RunFolder(folder), run, state, None)
+
+
+def test_a_card_names_every_source_by_itself_and_no_folder(tmp_path):
+    hashes = {source: f"{index:064}" for index, source in enumerate(NAMES)}
+    card = card_of(CONTENT, hashes, tmp_path)
     assert card.base == "flux"
     assert card.fields == {
         "edit": "a/style.safetensors over w/edit.safetensors, LoRA scale 0.5, guidance 2, negative prompt '/blurry', "
@@ -67,3 +70,10 @@ def test_a_card_names_every_source_by_itself_and_no_folder(tmp_path):
     assert (public.base, public.fields["twin"].lora) == ("models/flux", "a/style.safetensors (2)")
     assert not any("/home" in text for text in (card.recipe, *card.fields.values(), *card.hashes))
     assert "64 x 64 (edit), 16 x 24 (second) pixels" in card.limits[0]
+    assert len(card.limits) == 1
+
+
+def test_the_card_of_a_few_step_student_says_in_how_many_steps_it_was_taught_to_sample(tmp_path):
+    content = CONTENT | {"rollout": {"num_inference_steps": 4, "substeps": 4}, "evaluate": {"num_inference_steps": 4}}
+    card = card_of(content, {}, tmp_path)
+    assert card.limits[1:] == ["Taught to sample in 4 steps; other numbers of steps were not taught."]
