@@ -12,8 +12,8 @@ test: .venv/installed lint
 	$(BIN)/coverage report --include='*/fields/*,*/distill/*,*/states.py' --fail-under=90
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
