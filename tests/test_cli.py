@@ -119,6 +119,20 @@ def test_a_report_is_one_self_contained_page(tmp_path):
         assert "run: danceopd evaluate" in str(refused.exception)
 
 
+def test_a_few_step_student_is_neither_scored_nor_sampled_in_other_steps(tmp_path):
+    few = ["rollout={num_inference_steps: 2, substeps: 2}", "evaluate.num_inference_steps=2", "query.per_rollout=1"]
+    folder = train(
+        load_recipe(TWO_EXPERTS, [*few, "train.steps=1", "train.batch_size=4", f"output={tmp_path / 'run'}"])
+    )
+    other = [str(folder.path), "--num-inference-steps", "4"]
+    for command in (["evaluate", *other], ["sample", *other, "--prompt", "a red circle"]):
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, USER_ERRORS)
+        assert "evaluate.num_inference_steps: rollout.substeps teaches" in str(refused.exception)
+    drawn = [*other, "--prompt", "a red circle", "--field", "base", "--out", str(tmp_path / "drawn")]
+    assert CliRunner().invoke(app, ["sample", *drawn]).exit_code == 0
+
+
 def test_world_build_runs_and_resumes(tmp_path):
     assert run("world", "build", "--quick", "--out", tmp_path).returncode == 0
     names = {path.name for path in tmp_path.iterdir()}

@@ -18,7 +18,7 @@ from danceopd.data.rows import ManifestError
 from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.teachers import CheckpointError
 from danceopd.printing import console, print_plan, print_scores, print_stand_ins, print_tiny_run
-from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe
+from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe, with_evaluate
 from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.processes import FailedElsewhere, Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
@@ -169,8 +169,9 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
     }
-    recipe = folder.read_recipe()
-    part = evaluate_part(recipe.evaluate.model_dump() | {k: v for k, v in given.items() if v is not None})
+    asked = {key: value for key, value in given.items() if value is not None}
+    recipe = with_evaluate(folder.read_recipe(), asked, where=str(run_folder))
+    part = recipe.evaluate
     if recipe.family in SCORERS:
         print_scores(run(folder, part))
         return

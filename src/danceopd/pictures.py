@@ -13,7 +13,7 @@ from danceopd.data.examples import Example
 from danceopd.data.images import read_image_file, write_image_file
 from danceopd.distill.solver import VelocityFunction
 from danceopd.evaluation.pictures import draw, side_by_side
-from danceopd.recipe import EvaluatePart, RecipeError, evaluate_part
+from danceopd.recipe import EvaluatePart, RecipeError, evaluate_part, with_evaluate
 from danceopd.training.assemble import Assembly, LoadedModels, autocast
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
@@ -42,7 +42,8 @@ def sample_images(
     size: height and width; by default the image's, or else the family's.
 
     Raises:
-        RecipeError: for a field the run does not have, or a prompt, image or size that the family cannot take.
+        RecipeError: for a field the run does not have, a prompt, image or size that the family cannot take, or steps
+            that the student was not taught.
         ManifestError: for an image file that cannot be read.
     """
     device = pick_device()
@@ -55,7 +56,10 @@ def sample_images(
     asked: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed}
     if num_inference_steps is not None:
         asked["num_inference_steps"] = num_inference_steps
-    part = evaluate_part(run.recipe.evaluate.model_dump() | asked)
+    if field == "student":  # which may have been taught one number of steps alone
+        part = with_evaluate(run.recipe, asked, where=str(folder.path)).evaluate
+    else:
+        part = evaluate_part(run.recipe.evaluate.model_dump() | asked)
     source = None if image is None else read_image_file(image)
     examples = [Example(prompt=prompt, source=source) for prompt in prompts]
     try:

@@ -28,14 +28,19 @@ class Chain(nn.Module):
 
 class LinearField:
     calls_per_velocity = 1
-    slope, offset = 0.9, -0.5
+
+    def __init__(self, slope=0.9, offset=-0.5):
+        self.slope, self.offset = slope, offset
 
     def velocity(self, z, sigma, condition=None):
         return self.slope * z + self.offset
 
 
-def closed_form(student, *, through_states, cost):
-    """Gradient of sum_j cost_j KL_j in a_j, b_j, the Gaussian's moments carried exactly through the chain."""
+def closed_form(student, *, through_states, cost, anchor=None, anchor_weight=0.0):
+    """Gradient of sum_j cost_j KL_j in a_j, b_j, the Gaussian's moments carried exactly through the chain.
+
+    KL_j is to the ``LinearField``, and to the anchor under its own weight besides.
+    """
     a, b = (p.detach().double().requires_grad_(True) for p in (student.a, student.b))
     sigmas = GRID.sigmas.double()
     mean, variance, total = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64), 0.0
@@ -43,10 +48,11 @@ def closed_form(student, *, through_states, cost):
         move = sde_step(sigmas[j][None], sigmas[j + 1][None], 0.7)
         keep, gain, std = (float(x) for x in (move.state_factor, move.velocity_factor, move.std))
         m, v = (mean, variance) if through_states else (mean.detach(), variance.detach())
-        slope, offset = a[j] - LinearField.slope, b[j] - LinearField.offset
-        squared = slope**2 * (v + m**2) + 2 * slope * offset * m + offset**2
         weight = float(sigmas[j] - sigmas[j + 1]) if cost == "reward" else 1.0
-        total = total + weight * gain**2 * squared / (2 * std**2)
+        for field, share in ((LinearField(), weight), (anchor or LinearField(), anchor_weight)):
+            slope, offset = a[j] - field.slope, b[j] - field.offset
+            squared = slope**2 * (v + m**2) + 2 * slope * offset * m + offset**2
+            total = total + share * gain**2 * squared / (2 * std**2)
         mean, variance = (keep + gain * a[j]) * mean + gain * b[j], (keep + gain * a[j]) ** 2 * variance + std**2
     return torch.cat(torch.autograd.grad(total, [a, b]))
 
@@ -88,6 +94,18 @@ def test_pathwise_and_reward_to_go_are_the_total_gradient(size):
     assert_within(mean, error, total)
     partial = closed_form(student, through_states=False, cost="reward")
     assert float((total - partial).abs().max()) > 10 * float(error.max())  # the second term matters here
+
+
+def test_the_total_gradient_holds_what_a_step_does_to_later_costs_of_the_anchor():
+    options = {"anchor": LinearField(slope=-1.0, offset=1.5), "anchor_weight": 0.2}
+    student, mean, error = measured("total", 2, **options)
+    exact = closed_form(student, through_states=True, cost="reward", **options)
+    assert_within(mean, error, exact)
+    partial = closed_form(student, through_states=False, cost="reward", **options)
+    without = closed_form(student, through_states=True, cost="reward") - closed_form(
+        student, through_states=False, cost="reward"
+    )
+    assert float((exact - partial - without).abs().max()) > 10 * float(error.max())  # the anchor's own part matters
 
 
 @SIZES

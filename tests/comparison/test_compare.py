@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_suites import TINY, write
 
+from danceopd.comparison import runner
 from danceopd.comparison.claims import verdict
 from danceopd.comparison.compare import compare, read_comparison, write_pages
 from danceopd.comparison.page import html, markdown
@@ -179,6 +180,10 @@ def test_more_scenes_and_further_measures_train_nothing_again(tmp_path, monkeypa
         again, entry = summary["measures"]["scores"]["views"][view]["danceopd"], entries["danceopd"]
         assert (again["updates"], again["compute"]) == (entry["updates"], entry["compute"])
     assert set(summary["measures"]) == {"scores", "staleness"}
+    monkeypatch.setattr(runner, "SCORING", 1)
+    before = len(list(out.rglob("points/*-scores-*.json")))
+    compare(path, out=out, resume=True)  # other code would have scored: all points are scored again
+    assert len(list(out.rglob("points/*-scores-*.json"))) == before + len(first["measures"]["scores"]["views"])
 
 
 def test_a_stop_while_the_weights_of_a_point_are_kept_loses_nothing(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_suites import SEARCH, TINY, single_route, write
 
-from danceopd.comparison.suite import _DEFAULTS, SuiteError, load_suite, updates_within
+from danceopd.comparison.suite import _DEFAULTS, REVISIONS, SuiteError, load_suite, updates_within
 from danceopd.recipe import Recipe
 from danceopd.training.assemble import assemble
 
@@ -68,6 +68,10 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"methods": {"danceopd": {}, "x": {"routes.0.data.size": 9}}}, "do not share their training data"),
         ({"methods": {"danceopd": {}, "x": {"train.batch_size": 8}}}, "do not share train.batch_size"),
         ({"methods": {"danceopd": {}, "x": {"train.precision": "bf16"}}}, "do not share train.precision"),
+        (
+            {"methods": {"danceopd": {}, "x": {"train.precision": "auto"}}},
+            "'x': train.precision must be 'bf16' or 'fp32'",
+        ),
         ({"methods": {"danceopd": {"train.lr_scheduler": "linear"}}}, "must be 'constant'"),
         ({"methods": {"danceopd": {"family.x": 1}}}, "method 'danceopd': cannot set family.x"),
         ({"capabilities": ["t2i", "eidt"]}, r"'eidt' is none of t2i, edit, local, global \(did you mean 'edit'"),
@@ -142,6 +146,14 @@ def test_a_changed_default_makes_every_run_another():
     recorded, now = json.loads(file.read_text()), defaults()
     assert recorded["number"] == _DEFAULTS
     assert {key: now[key] for key in recorded["defaults"] if key in now} == recorded["defaults"]
+
+
+def test_a_method_whose_code_was_revised_has_other_runs_and_the_others_keep_theirs(tmp_path, monkeypatch):
+    suite = load_suite(write(tmp_path))
+    before = {name: suite.fingerprint(name) for name in suite.recipes}
+    monkeypatch.setitem(REVISIONS, "joint", 1)
+    after = {name: suite.fingerprint(name) for name in suite.recipes}
+    assert {name for name in before if before[name] != after[name]} == {"joint"}
 
 
 def test_a_suites_files_are_relative_to_the_suite(tmp_path):

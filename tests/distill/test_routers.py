@@ -133,6 +133,16 @@ def test_reweighting_leaves_the_losses_that_it_goes_by_alone(rng):
     close(router.averages, [9.0, 4.0])
 
 
+def test_parts_of_an_update_count_by_their_samples(rng):
+    parts = []
+    results = two_constants(d.WeightedRouter()).update(
+        Constant(4.0), batch_size=7, micro_batches=3, generator=rng, backward=lambda loss: parts.append(loss.item())
+    )
+    sizes = [sum(route.samples for route in result.routes.values()) for result in results]
+    assert sizes == [3, 3, 1]
+    assert sum(parts) == pytest.approx(sum(n * float(r.loss) for n, r in zip(sizes, results, strict=True)) / 7)
+
+
 def test_a_router_is_told_each_routes_mean_over_all_parts_of_an_update(rng):
     routes = [d.Route("near", GaussianField(0.1, 1.0), inputs), d.Route("far", GaussianField(3.0, 1.0), inputs)]
     router = d.GapRouter(floor=0.1)

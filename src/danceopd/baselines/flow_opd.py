@@ -41,7 +41,8 @@ class FlowOPD(Method):
         +- ``advantage_clip`` deviations. Only without it does ``score`` ascend by -grad KL.
     ratio_clip: PPO's clip of the probability ratio; every rollout serves one update, so the ratio is 1 when its
         gradient is taken.
-    anchor, anchor_weight: a field that the student is held near: + weight * KL(pi_S || pi_anchor) at every step.
+    anchor, anchor_weight: a field that the student is held near: + weight * KL(pi_S || pi_anchor) at every step. It is
+        differentiated at the visited states, and is part of ``total``'s costs.
 
     The update's loss is the sum over the N steps, mean over samples and elements. Normalised advantages multiply
     log-probabilities that are means over elements.
@@ -86,13 +87,14 @@ class FlowOPD(Method):
             raise ValueError(f"batch_size {count} is not a multiple of group_size {self.group_size}")
 
     def expected_calls(self) -> ExpectedCalls:
-        twice = self.gradient == "total"
+        walks = 2 if self.gradient == "total" else 1
         anchor = 0 if self.anchor is None else self.anchor.calls_per_velocity
 
         def calls(route: Route, grid: Grid) -> ExpectedCalls:
-            field = route.field.calls_per_velocity * (2 if twice else 1)
             return ExpectedCalls(
-                rollout=grid.steps if twice else 0, field=grid.steps * (field + anchor), train=grid.steps
+                rollout=grid.steps * (walks - 1),
+                field=grid.steps * walks * (route.field.calls_per_velocity + anchor),
+                train=grid.steps,
             )
 
         return self.over_routes(calls)
@@ -151,10 +153,8 @@ class FlowOPD(Method):
             # The score is of the whole state: the mean over elements times their number.
             loss = loss + to_go[j] * z[0].numel() * move.log_probability(arrived, mean)
         if self.anchor is not None:
-            sigma = batch.grid.sigmas[j].to(z.device).expand(len(z))
-            anchored = move.mean(z, self.anchor.velocity(z, sigma, batch.condition))
-            loss = loss + self.anchor_weight * move.divergence(mean, anchored)
-            field_calls += len(z) * self.anchor.calls_per_velocity
+            held, more = self._anchor_cost(self.anchor, batch, z, j, move, mean)
+            loss, field_calls = loss + held, field_calls + more
         return loss, arrived, NetworkCalls(field=field_calls, train=len(z))
 
     def _policies(
@@ -166,6 +166,14 @@ class FlowOPD(Method):
         target, field_calls = routed_velocity(self.routes, batch, z, here)
         return move, move.mean(z, student(z, here, batch.condition)), move.mean(z, target), field_calls
 
+    def _anchor_cost(
+        self, anchor: VelocityField, batch: RoutedBatch, z: Tensor, j: int, move: SDEStep, mean: Tensor
+    ) -> tuple[Tensor, int]:
+        """The weighted KL of step j's policy to the anchor's [B], and the anchor's calls."""
+        sigma = batch.grid.sigmas[j].to(z.device).expand(len(z))
+        anchored = move.mean(z, anchor.velocity(z, sigma, batch.condition))
+        return self.anchor_weight * move.divergence(mean, anchored), len(z) * anchor.calls_per_velocity
+
     @torch.no_grad()
     def _costs_to_go(self, student: nn.Module, batch: RoutedBatch, noises: Tensor) -> tuple[Tensor, NetworkCalls]:
         """Summed cost of the steps after each, on the trajectories of ``noises``: [N, B]."""
@@ -173,6 +181,9 @@ class FlowOPD(Method):
         for j in range(batch.grid.steps):
             move, mean, aim, field_calls = self._policies(student, batch, z, j)
             costs.append(_step_size(batch.grid, j) * move.divergence(mean, aim))
+            if self.anchor is not None:
+                held, more = self._anchor_cost(self.anchor, batch, z, j, move, mean)
+                costs[-1], field_calls = costs[-1] + held, field_calls + more
             z = mean + per_sample(move.std, z) * noises[j + 1]
             calls += NetworkCalls(rollout=len(z), field=field_calls)
         stacked = torch.stack(costs)

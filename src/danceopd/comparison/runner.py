@@ -24,6 +24,8 @@ from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import load_run, prepare_recipe
 
 Report = Callable[[str], None]
+SCORING: int | None = None
+"""Raised when code changes what a measure finds of the same weights, so that no suite mixes old figures with new."""
 
 
 class ComparisonError(RuntimeError):
@@ -186,4 +188,5 @@ def _sources(suite: Suite, root: Path, report: Report) -> dict[str, dict[str, An
 
 def _key(suite: Suite, method: str, name: str) -> str:
     """Ten hexadecimal digits of what a measure takes, and on which scenes."""
-    return digest([suite.recipes[method].evaluate.model_dump(mode="json"), MEASURES[name].settings(suite)])
+    taken = [suite.recipes[method].evaluate.model_dump(mode="json"), MEASURES[name].settings(suite)]
+    return digest(taken if SCORING is None else [*taken, SCORING])

@@ -20,6 +20,8 @@ from danceopd.recipe.wording import explain
 
 _DEFAULTS = 1
 """Raised when a recipe's default changes, which no fingerprint holds: new keys leave old runs their folders."""
+REVISIONS: dict[str, int] = {}
+"""By a recipe's ``method``: raised when its code changes what it trains, so that no suite mixes old runs with new."""
 
 
 class SuiteError(ValueError):
@@ -49,7 +51,8 @@ class Suite:
         """Ten hexadecimal digits of everything in the method's recipe that its weights depend on."""
         train = self.recipes[method].train.model_dump(mode="json", exclude_defaults=True, exclude={"steps", "seed"})
         content = self.recipes[method].model_dump(mode="json", exclude_defaults=True, exclude={"output", "evaluate"})
-        return digest([_DEFAULTS, content | {"train": train}])
+        revised = REVISIONS.get(self.recipes[method].method)
+        return digest([_DEFAULTS, content | {"train": train}] + ([] if revised is None else [revised]))
 
     def run_recipe(self, method: str, *, seed: int, updates: int, root: Path) -> Recipe:
         """The recipe of one run, trained as far as ``updates``."""
@@ -92,8 +95,9 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
 
     Raises:
         SuiteError: for a file that cannot be used (``read_suite_file``), methods that no recipe knows, recipes that do
-            not share sources, data or evaluation, a learning rate that depends on the run's length, figures or a
-            teacher that belong to no source, a guidance that is none of its field's, or a search file of another suite.
+            not share sources, data or evaluation, a learning rate that depends on the run's length, a precision that is
+            left to each run, figures or a teacher that belong to no source, a guidance that is none of its field's, or
+            a search file of another suite.
     """
     content = read_suite_file(path)
     searched = None
@@ -180,7 +184,8 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
     """The recipe of a method, under {dotted key: value} that a search tries or chose.
 
     Raises:
-        SuiteError: if the outcome is no recipe, or its learning rate depends on the run's length.
+        SuiteError: if the outcome is no recipe, its learning rate depends on the run's length, or its precision on the
+            run.
     """
     where = f"{path}, method {method!r}"
     merged: dict[str, Any] = deepcopy(content.recipe) | {"output": "unused"}
@@ -200,6 +205,10 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
         raise SuiteError(
             f"{where}: train.lr_scheduler must be 'constant': one run serves several lengths, "
             f"found {recipe.train.lr_scheduler!r}"
+        )
+    if recipe.train.precision == "auto":
+        raise SuiteError(
+            f"{where}: train.precision must be 'bf16' or 'fp32', for 'auto' is measured by every run anew"
         )
     return recipe
 

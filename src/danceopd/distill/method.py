@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -120,14 +121,17 @@ class Method(ABC):
         routes: Tensor | None = None,
         backward: Callable[[Tensor], None] | None = None,
     ) -> list[StepResult]:
-        """The losses of one whole update; the update's loss is their mean. ``routes``, ``backward``: as in ``step``."""
-        share = 1 / micro_batches
-        part = None if backward is None else lambda loss: backward(loss * share)
-        drawn = self.draw_routes(batch_size, generator) if routes is None else routes
-        return [
-            self.step(student, batch_size=len(chosen), generator=generator, routes=chosen, backward=part)
-            for chosen in drawn.chunk(micro_batches)
-        ]
+        """The losses of one whole update; the update's loss is their mean, each weighted by its samples.
+
+        micro_batches: parts at most, all as large but the last. ``routes``, ``backward``: as in ``step``.
+        """
+        results = []
+        for chosen in (self.draw_routes(batch_size, generator) if routes is None else routes).chunk(micro_batches):
+            part = None if backward is None else partial(_scaled, backward, len(chosen) / batch_size)
+            results.append(
+                self.step(student, batch_size=len(chosen), generator=generator, routes=chosen, backward=part)
+            )
+        return results
 
     def observe(self, results: Sequence[StepResult]) -> None:
         """Tell the router each route's mean loss over one whole update, of which these are all parts."""
@@ -167,3 +171,7 @@ class Method(ABC):
     def diagnostics(self, student: nn.Module) -> dict[str, float | int]:
         """Figures on what the method carries, for the metrics. Their network calls are not counted."""
         return {}
+
+
+def _scaled(backward: Callable[[Tensor], None], share: float, loss: Tensor) -> None:
+    backward(loss * share)

@@ -8,6 +8,7 @@ from danceopd.recipe.file import (
     parse_recipe,
     read_yaml,
     with_absolute_files,
+    with_evaluate,
 )
 from danceopd.recipe.part import MAX_SEED
 from danceopd.recipe.recipe import IDLE, Recipe
@@ -34,4 +35,5 @@ __all__ = [
     "parse_recipe",
     "read_yaml",
     "with_absolute_files",
+    "with_evaluate",
 ]

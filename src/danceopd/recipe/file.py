@@ -80,6 +80,16 @@ def evaluate_part(content: dict[str, Any]) -> EvaluatePart:
     return _validated(EvaluatePart, content, "evaluate")
 
 
+def with_evaluate(recipe: Recipe, changes: dict[str, Any], *, where: str) -> Recipe:
+    """The recipe with evaluation settings changed; ``where`` names it in errors.
+
+    Raises:
+        RecipeError: for a value that does not fit, by itself or with the rest of the recipe.
+    """
+    content = recipe.model_dump(mode="json")
+    return parse_recipe(content | {"evaluate": content["evaluate"] | changes}, where=where)
+
+
 def _validated(model: type[Validated], content: dict[str, Any], where: str) -> Validated:
     try:
         return model.model_validate(content)
