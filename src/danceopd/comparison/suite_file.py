@@ -23,7 +23,7 @@ class GuidancePart(SuitePart):
     """Measure the students' effective guidance, and their scores under external guidance."""
 
     scales: tuple[float, ...] = Field(min_length=1, strict=False, description="External guidance scales beta; 1 first.")
-    prompts_per_task: int = Field(default=16, ge=2, description="Held-out prompts per task of the regression.")
+    prompts_per_task: int = Field(default=16, ge=2, description="Prompts per task of the regression, drawn apart.")
 
     @model_validator(mode="after")
     def _unguided_first(self) -> GuidancePart:
