@@ -6,8 +6,7 @@ from tiny_suites import SEARCH, write
 
 from danceopd.comparison.compare import compare, search
 from danceopd.comparison.runner import ComparisonError
-from danceopd.comparison.search import at_the_edge
-from danceopd.comparison.search_file import RULE, Trial, choose
+from danceopd.comparison.search_file import RULE, MethodSearch, Trial, choose
 from danceopd.comparison.suite import SuiteError, load_suite
 from danceopd.training.trainer import Trainer
 
@@ -93,8 +92,17 @@ def test_a_suite_without_a_search_cannot_be_searched(tmp_path):
 
 
 def test_a_choice_at_the_edge_of_what_was_tried_is_said():
-    grid = {"rate": [1e-3, 2e-3, 4e-3], "band": ["low", "mid", "high"], "eta": [0.3, 0.7]}
-    chosen = {"rate": 1e-3, "band": "low", "eta": 0.3}
-    assert at_the_edge("joint", grid, chosen) == ["joint: rate 0.001 is the lowest tried; a better one may lie beyond"]
-    assert "highest" in at_the_edge("joint", grid, chosen | {"rate": 4e-3})[0]
-    assert at_the_edge("joint", grid, chosen | {"rate": 2e-3}) == []
+    tried = [
+        {"rate": rate, "band": band, "eta": eta}
+        for rate in (1e-3, 2e-3, 4e-3)
+        for band in ("low", "mid", "high")
+        for eta in (0.3, 0.7)
+    ]
+    trials = tuple(Trial(settings=settings, scores={}, ratios={}) for settings in tried)
+
+    def edges(**chosen):
+        return MethodSearch(trials=trials, chosen={"band": "low", "eta": 0.3} | chosen).edges
+
+    assert edges(rate=1e-3) == ["rate 0.001 is the lowest"]
+    assert edges(rate=4e-3) == ["rate 0.004 is the highest"]
+    assert edges(rate=2e-3) == []

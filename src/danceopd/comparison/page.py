@@ -58,4 +58,7 @@ def _search_table(searched: dict[str, Any]) -> Table:
         f"{searched['trials']} trials of {searched['updates']} updates for each method, on seeds and scenes that are "
         f"not these. {searched['rule']}"
     )
+    if searched["edges"]:
+        said = "; ".join(f"{name}: {', '.join(edges)}" for name, edges in searched["edges"].items())
+        note += f" At an end of what was tried, so that better ones may lie beyond: {said}."
     return Table("Settings chosen by the search", ("method", "settings"), rows, note)

@@ -46,8 +46,8 @@ def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> 
             _trial(settings, results, _trial_name(method, index), best) for index, settings in enumerate(tried)
         )
         methods[method] = MethodSearch(trials=scored, chosen=choose(scored).settings)
-        for line in at_the_edge(method, content.search.grid[method], methods[method].chosen):
-            report(line)
+        for edge in methods[method].edges:
+            report(f"{method}: {edge} tried; a better one may lie beyond")
     found = SearchFile(
         suite=suite.name,
         fits=search_fingerprint(content),
@@ -61,17 +61,6 @@ def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> 
     )
     write_text(search_path(path), found.model_dump_json(indent=1) + "\n")
     return search_path(path)
-
-
-def at_the_edge(method: str, grid: dict[str, list[Any]], chosen: dict[str, Any]) -> list[str]:
-    """A line for each chosen number that is the lowest or highest of three or more: a better one may lie beyond."""
-    lines = []
-    for key, values in grid.items():
-        if len(values) > 2 and all(isinstance(value, int | float) for value in values):
-            for end, word in ((min(values), "lowest"), (max(values), "highest")):
-                if chosen[key] == end:
-                    lines.append(f"{method}: {key} {end:g} is the {word} tried; a better one may lie beyond")
-    return lines
 
 
 def _combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -42,6 +42,17 @@ class MethodSearch(_Part):
     trials: tuple[Trial, ...]
     chosen: dict[str, Any]
 
+    @property
+    def edges(self) -> list[str]:
+        """Chosen numbers that are the lowest or highest of three or more tried, in words."""
+        found = []
+        for key, value in self.chosen.items():
+            tried = [trial.settings[key] for trial in self.trials]
+            if all(isinstance(other, int | float) for other in tried) and len(set(tried)) > 2:
+                found += [f"{key} {value:g} is the lowest"] if value == min(tried) else []
+                found += [f"{key} {value:g} is the highest"] if value == max(tried) else []
+        return found
+
 
 class SearchFile(_Part):
     """The file. fits: of the suite that it belongs to; hashes: of its sources."""

@@ -207,9 +207,7 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
             f"found {recipe.train.lr_scheduler!r}"
         )
     if recipe.train.precision == "auto":
-        raise SuiteError(
-            f"{where}: train.precision must be 'bf16' or 'fp32', for 'auto' is measured by every run anew"
-        )
+        raise SuiteError(f"{where}: train.precision must be 'bf16' or 'fp32', for 'auto' is measured by every run anew")
     return recipe
 
 

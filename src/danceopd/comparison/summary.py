@@ -26,6 +26,7 @@ def summarise(suite: Suite, results: Results, part: str | None) -> dict[str, Any
             "updates": suite.searched.updates,
             "trials": len(next(iter(suite.searched.methods.values())).trials),
             "chosen": {name: suite.searched.methods[name].chosen for name in results.views},
+            "edges": {name: edges for name in results.views if (edges := suite.searched.methods[name].edges)},
         }
     return {
         "kind": KIND,

@@ -170,8 +170,8 @@ def tables(content: dict[str, Any]) -> list[Table]:
             ("method", "prompt dropout", "beta", "alpha * beta", "g", "g / (alpha * beta)", "unexplained"),
             law,
             "g is the least-squares slope of the student's field on v_empty + g (v_cond - v_empty) of the frozen base, "
-            "over all states of the student's own unguided rollouts on prompts drawn apart; beta = 0 is its output on the "
-            "empty prompt, where the product law asks for 0. Unexplained: the share of the squared distance from "
+            "over all states of the student's own unguided rollouts on prompts drawn apart; beta = 0 is its output on "
+            "the empty prompt, where the product law asks for 0. Unexplained: the share of the squared distance from "
             "v_empty that lies off that direction.",
         ),
         Table("Text to image under external guidance", ("method", "alpha", *(f"beta {s}" for s in scales)), grid),
