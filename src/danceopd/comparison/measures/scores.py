@@ -169,7 +169,7 @@ def _detectable(methods: dict[str, Any], content: dict[str, Any]) -> str:
 
 def plots(content: dict[str, Any]) -> list[Plot]:
     """Score against compute, two capabilities as a plane, tasks as bars."""
-    made = [Plot("Score against compute", _compute_plot(content))]
+    made = [Plot("Score against compute (methods of one cost stand a little apart)", _compute_plot(content))]
     if len(content["best_source"]) > 1:
         made.append(Plot("Two capabilities, at equal updates (stars: sources)", _plane_plot(content)))
     return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
@@ -188,13 +188,15 @@ def _axes(count: int, across: bool) -> tuple[Any, list[Any]]:
 def _compute_plot(content: dict[str, Any]) -> str:
     figure, all_axes = _axes(len(content["best_source"]), across=True)
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
-        for name, color in _method_colors(content).items():
+        colors = _method_colors(content)
+        for index, (name, color) in enumerate(colors.items()):
             points = sorted(content["curve"][name], key=lambda point: point["compute"])
             if points[-1]["compute"] == 0:  # a method without training has no place on a logarithmic axis
                 axes.axhline(points[0][capability]["value"], color=color, linestyle="--", label=name)
                 continue
             low, value, high = (np.array([point[capability][key] for point in points]) for key in _LOW_VALUE_HIGH)
-            compute = [point["compute"] for point in points]
+            beside = _APART ** (index - (len(colors) - 1) / 2)
+            compute = [point["compute"] * beside for point in points]
             spans = [value - low, high - value]
             axes.errorbar(compute, value, yerr=spans, marker="o", color=color, capsize=3, label=name)
         _compute_axis(axes)
@@ -216,6 +218,8 @@ def _compute_axis(axes: Any) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
+_APART = 1.012
+"""Ratio between the places of two methods of one cost, whose marks would hide each other."""
 _LOW_VALUE_HIGH = ("low", "value", "high")
 
 

@@ -87,16 +87,17 @@ def tables(content: dict[str, Any]) -> list[Table]:
 
 
 def plots(content: dict[str, Any]) -> list[Plot]:
-    """Scores against staleness."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    """Scores against staleness, where there are several to compare."""
     stale = {name: entry for name, entry in content["methods"].items() if entry.get("staleness") is not None}
+    if len(stale) < 2:
+        return []
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
     for capability in content["capabilities"]:
         x = [entry["staleness"] for entry in stale.values()]
         value, low, high = (np.array([e[capability][key] for e in stale.values()]) for key in ("value", "low", "high"))
         axes.errorbar(x, value, yerr=[value - low, high - value], fmt="o", capsize=3, label=WORDS[capability])
     axes.set(xlabel="staleness (relative distance to a fresh rollout)", ylabel="score")
-    if stale:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     return [Plot("Score against staleness", figure_url(figure))]
 
 
