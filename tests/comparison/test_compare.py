@@ -291,7 +291,13 @@ def synthetic():
         "seeds": 2,
         "part": "seeds 0 to 1 of 5",
         "scenes_per_task": 5,
-        "searched": {"rule": "The best.", "updates": 5, "trials": 4, "chosen": {"danceopd": {"query.band": "mid"}}},
+        "searched": {
+            "rule": "The best.",
+            "updates": 5,
+            "trials": 4,
+            "chosen": {"danceopd": {"query.band": "mid"}},
+            "edges": {"danceopd": ["rate 0.5 is the highest"]},
+        },
         "paper": "GEditBench",
         "measures": {"scores": scores},
         "claims": claims,
@@ -313,6 +319,7 @@ def test_the_page_states_the_json_and_nothing_else(tmp_path):
     assert "| inconclusive (detectable: 0.029) |" in text
     assert "| **danceopd** | 10 | 1,200 | 3 | 0.800 (0.78 to 0.82) | 0.89 (0.87 to 0.91) |  | 5.347 |" in text
     assert "| danceopd | query.band mid |" in text
+    assert "so that better ones may lie beyond: danceopd: rate 0.5 is the highest." in text
     assert html(synthetic()).count("data:image/png;base64,") == 2  # no plane of one capability
     stored = page.with_suffix(".json")
     write_pages(stored, tmp_path / "results")
