@@ -87,6 +87,7 @@ def test_soft_mixing_teaches_the_average_everywhere(rng):
         lambda **o: FlowOPD(group_size=4, **o),
         lambda **o: FlowOPD(group_size=4, gradient="score", **o),
         lambda **o: FlowOPD(group_size=4, gradient="total", **o),
+        lambda **o: FlowOPD(group_size=4, gradient="total", anchor=GaussianField(0.0, 1.0), anchor_weight=0.1, **o),
         lambda **o: off_policy(states="teacher", **o),
         lambda **o: soft_mixing(**o),
         lambda **o: d.DanceOPD(**o),
