@@ -67,6 +67,7 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ("routes.0.data={pack: t2i, images: photos}", "pack 'edit' and 'images'.* belong together"),
         ("routes.0.data={pack: t3i}", "routes.0.data.pack: .*found 't3i'"),
         ("train={gradient_cosine_steps: 5, gradient_accumulation_steps: 2}", "gradient_accumulation_steps 1"),
+        ("train={gradient_cosine_steps: 5, compile: true}", "gradient_cosine_steps needs compile false"),
         ("fields.student={base: true}", "fields.student: this name is taken"),
         ("fields.base={lora: x}", "fields.base: this name is taken"),
         ("fields.x={family: flux, lora: x}", "fields.x: 'family' needs a 'base: REFERENCE' of that family"),

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from danceopd.families.card import ModelCard
 from danceopd.families.probes import Probes
 from danceopd.families.registry import is_over_a_pipeline
 from danceopd.fields.hub import parse_hub_reference
-from danceopd.fields.teachers import merge_lora, read_safetensors, save_lora
+from danceopd.fields.teachers import merge_lora, read_safetensors, save_lora, write_safetensors
 from danceopd.recipe import RecipeError, dump_recipe, parse_recipe
 from danceopd.training.assemble import LoadedModels, load_models
 from danceopd.training.checkpoint import CheckpointFailure, TrainingState
@@ -103,7 +102,7 @@ def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
             part = {"exported": {"lora": str(unverified)}}
         else:
             tensors = dict(_merged(run).state_dict())
-            save_file(tensors, unverified, {"format": "pt"})
+            write_safetensors(tensors, unverified)
             part = {"exported": {"checkpoint": str(unverified)}}
         whole = run.recipe.model_dump(mode="json")
         content = {key: whole[key] for key in ("version", "family", "base", "output")} | {"fields": part}

@@ -38,7 +38,8 @@ def train(recipe: Recipe, *, resume: bool = False, processes: Processes = ALONE)
     processes: this process of the run's, which all call this; the first one holds the folder.
 
     Raises:
-        RecipeError: if the folder already holds a run and ``resume`` is off, or holds another recipe.
+        RecipeError: if the folder already holds a run and ``resume`` is off, or holds another recipe, or one that is
+            further on.
         FailedElsewhere: if another process could not begin.
     """
     folder = RunFolder(Path(recipe.output))
@@ -47,9 +48,14 @@ def train(recipe: Recipe, *, resume: bool = False, processes: Processes = ALONE)
         processes.on_main(lambda: held.enter_context(folder.owned()))
         (begun, *_) = processes.together(lambda: _begun(recipe, folder, device, resume=resume))
         assembly = _assembled(begun, device, processes)
-        processes.on_main(lambda: folder.write_recipe(begun))
         trainer = Trainer(assembly, folder, on_samples=sample_grid_writer(folder), processes=processes)
         trainer.resume()
+        if trainer.step > begun.train.steps:
+            raise RecipeError(
+                f"train.steps: {folder.path} is already at update {trainer.step}, found {begun.train.steps}; a run "
+                "goes on, never back"
+            )
+        processes.on_main(lambda: folder.write_recipe(begun))
         trainer.run()
     return folder
 

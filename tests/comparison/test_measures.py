@@ -36,6 +36,9 @@ def test_guidance_is_measured_of_a_student_that_is_the_base(tmp_path):
         found = plain["scales"][scale]
         assert found["guidance"]["value"] == pytest.approx(float(scale), abs=1e-4)
         assert (found["over_product"]["value"], found["unexplained"]) == (1.0, 0.0)
+        assert found["over_absorbed"]["value"] == pytest.approx(1.0, abs=1e-4)
+    assert plain["at_step"]["guidance"] == [1.0, 1.0]
+    assert sum(plain["at_step"]["weight"]) == pytest.approx(1.0, abs=1e-3)
     assert "teacher" not in plain  # the base without guidance is no guided teacher
     assert (guided["alpha"], guided["prompt_dropout"], guided["teacher"]["name"]) == (3.0, 0.1, "teacher")
     assert (guided["scales"]["1"]["calls"], guided["scales"]["2"]["calls"], guided["teacher"]["calls"]) == (2, 4, 4)
@@ -45,9 +48,9 @@ def test_guidance_is_measured_of_a_student_that_is_the_base(tmp_path):
     )
     assert summary["claims"][0]["verdict"] == "reproduced"
     text = out.with_suffix(".md").read_text()
-    assert "| plain | 0 | 2 | 2 | 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00) | 0.00 |" in text
+    assert "| plain | 0 | 2 | 2 | 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 0.00 |" in text
     assert "editing" not in text  # and no edit was sampled
-    assert out.with_suffix(".html").read_text().count("data:image/png;base64,") == 3
+    assert out.with_suffix(".html").read_text().count("data:image/png;base64,") == 4
 
 
 def refused(*arguments):

@@ -8,6 +8,7 @@ from torch import nn
 
 import danceopd as d
 from danceopd.baselines.diffusion_opd import DiffusionOPD
+from danceopd.baselines.flow_opd import FlowOPD
 
 GRID = d.shifted_grid(steps=4, shift=3.0)
 WEIGHTS = torch.tensor([1.0, 3.0], dtype=torch.float64)
@@ -186,6 +187,10 @@ def test_routers_that_do_not_fit_are_refused():
     for end, end_step in (([], 1), ([1.0, 0.0], 1), ([1.0], 0)):
         with pytest.raises(ValueError, match="positive end weights and end_step >= 1"):
             d.CurriculumRouter(end, end_step)
+    with pytest.raises(ValueError, match="goes by the loss of velocity matching, which FlowOPD has not"):
+        FlowOPD(routes=routes, grid=GRID, router=d.GapRouter())
+    with pytest.raises(ValueError, match="2 routes need as many averages, found 3"):
+        d.DanceOPD(routes=routes, grid=GRID, router=d.GapRouter()).load_state({"loss_averages": torch.ones(3).double()})
     with pytest.raises(ValueError, match="its share of the pool for good, and a GapRouter changes the shares"):
         d.StreamingDanceOPD(routes=routes, grid=GRID, router=d.GapRouter(), pool=16, batch_size=4)
     with pytest.raises(ValueError, match="exact share in every update, and a CurriculumRouter changes the shares"):

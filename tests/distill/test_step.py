@@ -119,6 +119,16 @@ def test_two_routes_on_one_batch_give_what_two_separate_runs_give():
         torch.testing.assert_close(total, a + b)
 
 
+def test_routes_that_are_none_are_refused(rng):
+    routes = [d.Route(name, GaussianField(1.0, 0.5), inputs) for name in ("one", "two")]
+    wrong = ([0, 2], [0, -1], [0])
+    for chosen in wrong:
+        with pytest.raises(ValueError, match=r"routes are 2 numbers from 0 to 1, one for each sample; found \["):
+            method(*routes).step(TinyNet(), batch_size=2, generator=rng, routes=torch.tensor(chosen))
+    with pytest.raises(ValueError, match="batch_size is at least 1, found 0"):
+        method(*routes).step(TinyNet(), batch_size=0, generator=rng)
+
+
 def test_routes_of_one_shape_share_every_student_call(rng):
     """One with targets, one without: the rollout does not need them, so both are one batch."""
 

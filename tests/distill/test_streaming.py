@@ -88,6 +88,20 @@ def test_a_routes_changing_number_is_in_its_chances(rng):
     assert bool(((found - at_its_mean).abs() > 4.5 * error).any())  # which would be wrong
 
 
+def test_fewer_trajectories_than_steps_train_what_they_come_by(rng):
+    """They keep their distances, so an update chooses among the steps where they stand, never the whole band."""
+    counted = torch.zeros(8)
+    for _ in range(300):  # pools that began elsewhere
+        method = plain(pool=2, batch_size=1)
+        for _ in range(16):
+            method.step(Elementwise(), batch_size=1, generator=rng)
+        counted += method.trajectories.trained
+    expected, band = method.plan.selection()[0] * 2 / 8, low_noise().step_probabilities(GRID)
+    assert float(expected.sum()) == pytest.approx(1)
+    assert torch.allclose(counted.double() / counted.sum(), expected, atol=0.02)
+    assert float((expected - band).abs().max()) > 0.05
+
+
 def test_an_update_of_one_route_trains_its_steps_as_the_band_says(rng):
     """Per step a route's trajectories are trained in the updates that are its own, three of four here."""
     routes = [d.Route(name, GaussianField(0, 1), Numbered(), weight=w) for name, w in (("a", 3), ("b", 1))]

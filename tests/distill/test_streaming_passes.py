@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from toy_streaming import Elementwise, Numbered, Recorder, plain, streaming
 
 import danceopd as d
+from danceopd.distill.pool_plan import spread_steps
 from danceopd.distill.query import low_noise
-from danceopd.distill.streaming import even_steps
 
 
 def test_a_batch_holds_no_trajectory_twice_though_a_trajectory_is_trained_again(rng):
@@ -217,13 +217,24 @@ def test_a_pool_that_is_still_empty_has_a_state_too():
     method = plain()
     method.load_state(load(save(method.state())))
     assert len(method.trajectories) == 0
+    assert method.diagnostics(Elementwise()) == {}
 
 
-def test_initial_steps_are_even(rng):
-    assert torch.equal(even_steps(16, 8, rng).bincount(), torch.full((8,), 2))
-    counts = even_steps(21, 8, rng).bincount(minlength=8)
-    assert (int(counts.min()), int(counts.max())) == (2, 3)
-    assert len({tuple(even_steps(3, 8, rng).tolist()) for _ in range(200)}) == 8
+def test_more_samples_of_a_route_than_it_has_in_the_band_are_refused(rng):
+    routes = [d.Route(name, GaussianField(0, 1), Numbered()) for name in "ab"]
+    with pytest.raises(ValueError, match=r"12 samples of route 'b' were asked for, and \d+ of its 8 trajectories"):
+        streaming(*routes, pool=16, batch_size=8).step(
+            Elementwise(), batch_size=12, generator=rng, routes=torch.ones(12, dtype=torch.int64)
+        )
+
+
+def test_initial_steps_are_even():
+    starts = torch.arange(200) / 200
+    for start in starts:
+        assert torch.equal(spread_steps(16, 8, start).bincount(), torch.full((8,), 2))
+        counts = spread_steps(21, 8, start).bincount(minlength=8)
+        assert (int(counts.min()), int(counts.max())) == (2, 3)
+    assert len({tuple(spread_steps(3, 8, start).tolist()) for start in starts}) == 8
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_the_product_law_holds_while_the_empty_output_stays(drift, acts_as):
         scales=[1.0, 2.0],
         batch_size=2,
     )
-    assert sums[0.0].along.shape == (5,)
+    assert sums[0.0].along.shape == (5, 4)
     for scale, expected in acts_as.items():
-        found = effective_guidance(sums[float(scale)], np.random.default_rng(0))
+        found = effective_guidance(sums[float(scale)].summed(1), np.random.default_rng(0))
         assert found.value == pytest.approx(expected, abs=1e-4)
         assert found.high - found.low < 1e-4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from processes import assert_same_run, final, finish_all, start_all, wait_for_step
 from safetensors.torch import load_file
 from torch import multiprocessing, nn
@@ -18,7 +19,7 @@ from danceopd.training import processes as processes_module
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
 from danceopd.training.optimizer import make_optimizer
-from danceopd.training.processes import Processes
+from danceopd.training.processes import Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -164,14 +165,28 @@ def test_a_share_is_an_even_part_of_batch_and_pool(tiny):
         Processes(0, 4).share(recipe)
     groups = tiny("method=flow_opd", "query={}", "train.batch_size=12", "flow_opd.group_size=3")
     assert Processes(0, 2).share(groups).train.batch_size == 6
-    with pytest.raises(
-        RecipeError, match=r"on each of 3 processes.*a micro-batch of 4 is not a multiple of groups of 3"
-    ):
+    parts = tiny("method=flow_opd", "query={}", "train.batch_size=40", "train.gradient_accumulation_steps=5")
+    assert Processes(0, 2).share(parts).train.gradient_accumulation_steps == 5  # 4 of 5 would split the groups of 4
+    with pytest.raises(RecipeError, match=r"the 4 samples of each of 3 processes do not divide .* multiples .* 3"):
         Processes(0, 3).share(groups)
     merged = tiny("method=weight_merge", *NOTHING_TRAINED)
     assert Processes(0, 3).share(merged) is merged
     with pytest.raises(RecipeError, match="gradient_cosine_steps compares whole gradients"):
         Processes(0, 2).share(tiny("train.gradient_cosine_steps=2"))
+
+
+@pytest.mark.parametrize("engine", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_a_launcher_that_cuts_networks_up_is_refused(monkeypatch, engine):
+    class Launched:
+        num_processes, process_index, distributed_type = 2, 0, DistributedType.MULTI_CPU
+
+        def __init__(self, **options):
+            pass
+
+    monkeypatch.setattr("danceopd.training.processes.PartialState", Launched)
+    monkeypatch.setenv(engine, "true")
+    with pytest.raises(SeveralProcesses, match=f"asks for {engine}; every process holds all networks whole"):
+        Processes.launched().__enter__()
 
 
 def test_every_process_has_random_numbers_of_its_own():

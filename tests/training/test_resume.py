@@ -130,6 +130,15 @@ def test_damaged_checkpoints_are_refused_by_name(tiny):
         train(tiny("train.steps=8"), resume=True)
 
 
+def test_a_checkpoint_that_is_only_half_removed_is_none(tiny, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda path, **options: None)  # as if it were killed before
+    folder = train(tiny("train.steps=6", "train.checkpointing_steps=2", "train.checkpoints_total_limit=1"))
+    assert [path.name for path in checkpoints(folder.checkpoints)] == ["step-000006"]
+    monkeypatch.undo()
+    train(tiny("train.steps=8", "train.checkpointing_steps=2", "train.checkpoints_total_limit=1"), resume=True)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000008"]
+
+
 def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in ("step-999999", "step-1000000", "step-000002"):
         (tmp_path / step).mkdir()
@@ -183,6 +192,9 @@ def test_a_finished_or_other_run_is_not_overwritten(tiny, tmp_path):
         train(tiny("query.band=low_noise"), resume=True)
     longer = train(tiny("train.steps=8"), resume=True)
     assert [line["step"] for line in longer.metrics()] == list(range(1, 9))
+    with pytest.raises(RecipeError, match="already at update 8, found 7; a run goes on, never back"):
+        train(tiny("train.steps=7"), resume=True)
+    assert longer.read_recipe().train.steps == 8
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -199,6 +211,7 @@ def test_a_source_that_changed_is_refused_on_resume(tiny):
     path.write_text(path.read_text().replace(load_checkpoint_state(path.parent).hashes["shapes:edit"], "0" * 64))
     with pytest.raises(CheckpointFailure, match="shapes:edit"):
         train(tiny("train.steps=8"), resume=True)
+    assert folder.read_recipe().train.steps == 6  # what was refused is not recorded either
 
 
 def test_the_resolved_recipe_is_recorded(tiny):

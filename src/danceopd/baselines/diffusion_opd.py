@@ -71,7 +71,7 @@ class DiffusionOPD(Method):
         backward: Callable[[Tensor], None] | None = None,
     ) -> StepResult:
         """Loss of one update; arguments as in ``DanceOPD.step``."""
-        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        chosen = self.chosen_routes(batch_size, generator, routes)
         losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for batch in self.batches(chosen, generator):

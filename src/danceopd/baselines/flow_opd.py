@@ -114,7 +114,7 @@ class FlowOPD(Method):
             ValueError: if ``batch_size`` is not a multiple of the group size.
         """
         self._require_groups(batch_size)
-        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        chosen = self.chosen_routes(batch_size, generator, routes)
         losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for group in self.batches(chosen[:: self.group_size], generator):

@@ -41,7 +41,7 @@ class JointTraining(Method):
         Raises:
             ValueError: if a route's data has no target images.
         """
-        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        chosen = self.chosen_routes(batch_size, generator, routes)
         losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for batch in self.batches(chosen, generator, targets=True):

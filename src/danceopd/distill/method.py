@@ -54,6 +54,11 @@ class Method(ABC):
     def __post_init__(self) -> None:
         require_routes(self.routes, self.per)
         self.router.shares(self._weights)  # refuses a router that does not fit
+        if self.router.goes_by_gaps and not self.queries:
+            raise ValueError(
+                f"a {type(self.router).__name__} goes by the loss of velocity matching, which {type(self).__name__} "
+                "has not"
+            )
         for route in self.routes:
             if route.query is not None and not self.queries:
                 raise ValueError(f"route {route.name!r} has a query of its own; {type(self).__name__} asks for none")
@@ -70,6 +75,23 @@ class Method(ABC):
     def draw_routes(self, count: int, generator: torch.Generator) -> Tensor:
         """Route index of each of ``count`` samples of the coming update: int64 [count]."""
         return draw_routes(self.shares, count, generator, per=self.per, stratified=self.stratified)
+
+    def chosen_routes(self, count: int, generator: torch.Generator, routes: Tensor | None) -> Tensor:
+        """``routes`` if there are any, else ``draw_routes``: int64 [count].
+
+        Raises:
+            ValueError: if they are not ``count``, at least one, or name a route that is none.
+        """
+        if count < 1:
+            raise ValueError(f"batch_size is at least 1, found {count}")
+        if routes is None:
+            return self.draw_routes(count, generator)
+        if routes.shape != (count,) or not bool(((routes >= 0) & (routes < len(self.routes))).all()):
+            raise ValueError(
+                f"routes are {count} numbers from 0 to {len(self.routes) - 1}, one for each sample; found "
+                f"{routes.tolist()}"
+            )
+        return routes
 
     @abstractmethod
     def expected_calls(self) -> ExpectedCalls:
@@ -126,7 +148,7 @@ class Method(ABC):
         micro_batches: parts at most, all as large but the last. ``routes``, ``backward``: as in ``step``.
         """
         results = []
-        for chosen in (self.draw_routes(batch_size, generator) if routes is None else routes).chunk(micro_batches):
+        for chosen in self.chosen_routes(batch_size, generator, routes).chunk(micro_batches):
             part = None if backward is None else partial(_scaled, backward, len(chosen) / batch_size)
             results.append(
                 self.step(student, batch_size=len(chosen), generator=generator, routes=chosen, backward=part)
@@ -167,6 +189,7 @@ class Method(ABC):
             ValueError, KeyError, TypeError: if that is not a state of this method.
         """
         self.router.load_state(tensors)
+        self.router.shares(self._weights)  # refuses a state of other routes
 
     def diagnostics(self, student: nn.Module) -> dict[str, float | int]:
         """Figures on what the method carries, for the metrics. Their network calls are not counted."""

@@ -16,6 +16,13 @@ NEGLIGIBLE = 0.01
 """Trajectories end where no step to come has this share of an even band's mass."""
 MOST_DISTANCE = 0.25
 """Total variation from the query band above which a pool is refused."""
+STARTS = (0.125, 0.375, 0.625, 0.875)
+"""Where a pool may have begun: the values that stand for the drawn one in ``spread_steps``."""
+
+
+def spread_steps(count: int, length: int, start: float | Tensor) -> Tensor:
+    """Steps of ``count`` trajectories of ``length`` steps, evenly spread: int64 [count]. start: in [0, 1)."""
+    return ((torch.arange(count) + start) / count * length).long().clamp_max(length - 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +74,9 @@ class PoolPlan:
     def selection(self) -> Tensor:
         """a(j), the chance of each route's trajectories at step j to be trained in an update: float64 [M, T].
 
-        Where a route's number of samples changes from update to update, the mean over these numbers.
+        A route's trajectories keep their distances for good, so that the choice of an update is among those steps that
+        they stand at; where they are fewer than the steps, that is never the whole band. The mean is over the updates
+        of a whole passage, over where the pool began, and where a route's number of samples changes over that number.
         """
         rows = [
             self._chance(share, members)
@@ -76,8 +85,15 @@ class PoolPlan:
         return torch.stack(rows)
 
     def _chance(self, share: float, members: int) -> Tensor:
+        began = torch.cat([spread_steps(members, self.length, start) for start in STARTS]).view(len(STARTS), 1, members)
+        steps = ((began + torch.arange(self.length)[:, None]) % self.length).flatten(0, 1)  # [starts T, members]
+        mass = self.mass[steps]
+        ready = int((mass > 0).sum(1).min())
+
         def trained(samples: float) -> Tensor:
-            return inclusion_probabilities(self.mass, min(samples / members, 1.0) * self.length)
+            chances = inclusion_probabilities(mass, min(samples, ready))
+            at_step = torch.zeros(self.length, dtype=torch.float64).index_add(0, steps.flatten(), chances.flatten())
+            return at_step / (members * len(STARTS))  # each of them passes each step once
 
         if self.per == "step":
             return share * trained(self.batch_size)

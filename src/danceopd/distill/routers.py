@@ -21,9 +21,11 @@ class Router(Protocol):
     """Shares from the routes' weights, and from what it has been told so far.
 
     adaptive: whether the shares change from update to update; a router that is not carries nothing.
+    goes_by_gaps: whether the losses it is told must be distances to the fields.
     """
 
     adaptive: ClassVar[bool] = False
+    goes_by_gaps: ClassVar[bool] = False
 
     def shares(self, weights: Tensor) -> Tensor:
         """Each route's share of the coming update's samples: float64 [M], > 0, with sum 1. weights: float64 [M], > 0.
@@ -101,10 +103,12 @@ class GapRouter(Router):
         clipping and optimisers of normalised updates take most of that back.
 
     Raises:
-        ValueError: for a value outside its range; from ``shares``, for too many routes for the floor.
+        ValueError: for a value outside its range; from ``shares``, for too many routes for the floor, or averages of
+            other routes.
     """
 
     adaptive: ClassVar[bool] = True
+    goes_by_gaps: ClassVar[bool] = True
 
     floor: float = 0.05
     power: float = 1.0
@@ -123,6 +127,8 @@ class GapRouter(Router):
         count = len(weights)
         if self.floor * count >= 1:
             raise ValueError(f"a floor of {self.floor} leaves {count} routes nothing to share; it must be < 1/{count}")
+        if len(self.averages) not in (0, count):
+            raise ValueError(f"{count} routes need as many averages, found {len(self.averages)}")
         if len(self.averages) == 0 or bool(self.averages.isnan().any()):
             return weights / weights.sum()
         drawn = weights * self.averages**self.power

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def inclusion_probabilities(mass: Tensor, count: float) -> Tensor:
-    """a_i = min(1, c mass_i), with c such that they sum to ``count``: float64 [n]. mass [n] >= 0.
+    """a_i = min(1, c mass_i), with c such that they sum to ``count``: float64 [..., n]. mass [..., n] >= 0.
 
     Where the minimum binds, c grows until the others make up for what those at 1 cannot give.
 
@@ -15,11 +15,12 @@ def inclusion_probabilities(mass: Tensor, count: float) -> Tensor:
         ValueError: if fewer than ``count`` have any mass.
     """
     mass = mass.double()
-    if int((mass > 0).sum()) < count:
-        raise ValueError(f"{count:g} cannot be chosen among {int((mass > 0).sum())} that have any probability")
-    certain = torch.zeros(len(mass), dtype=torch.bool)
+    fewest = int((mass > 0).sum(-1).min())
+    if fewest < count:
+        raise ValueError(f"{count:g} cannot be chosen among {fewest} that have any probability")
+    certain = torch.zeros(mass.shape, dtype=torch.bool)
     while True:
-        left, shared = count - int(certain.sum()), mass[~certain].sum()
+        left, shared = count - certain.sum(-1, keepdim=True), mass.where(~certain, 0.0).sum(-1, keepdim=True)
         probability = torch.where(certain, 1.0, mass * (left / shared.clamp_min(1e-300)))
         above = probability > 1
         if not bool(above.any()):

@@ -62,7 +62,7 @@ class DanceOPD(VelocityMatching):
             backward: called on each part of the loss as soon as it stands, so that no two graphs live at once; the
                 result's losses are then detached.
         """
-        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        chosen = self.chosen_routes(batch_size, generator, routes)
         losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
         for batch in self.batches(chosen, generator, query=self.query, targets=self.states == "data"):

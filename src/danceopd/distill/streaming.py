@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from danceopd.distill.matching import VelocityMatching
 from danceopd.distill.pool import Pool, Trajectories, begin
-from danceopd.distill.pool_plan import PoolPlan
+from danceopd.distill.pool_plan import PoolPlan, spread_steps
 from danceopd.distill.rollout import Rollout, rollout
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
@@ -120,7 +120,7 @@ class StreamingDanceOPD(VelocityMatching):
         Raises:
             ValueError: if a route has fewer trajectories in the band than samples.
         """
-        chosen = self.draw_routes(batch_size, generator) if routes is None else routes
+        chosen = self.chosen_routes(batch_size, generator, routes)
         calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator)
         losses = self.losses(batch_size, backward)
         moved = []
@@ -180,10 +180,14 @@ class StreamingDanceOPD(VelocityMatching):
     def diagnostics(self, student: nn.Module) -> dict[str, float | int]:
         """Mean age; how often each step was trained, and how far that is from the band; staleness where it is due.
 
+        Nothing before the first update.
+
         band_distance: total variation between the trained steps so far and the query band, in [0, 1].
         staleness: see ``staleness``, mean over the trajectories past step 0.
         """
         pool = self.trajectories
+        if not pool.updates:
+            return {}
         trained = pool.trained.double()
         distance = (trained / trained.sum() - self.plan.band).abs().sum() / 2
         figures: dict[str, float | int] = {
@@ -208,7 +212,12 @@ class StreamingDanceOPD(VelocityMatching):
         trained = torch.zeros(len(step), dtype=torch.bool)
         for index in chosen.unique().tolist():
             rows = (route == index).nonzero().squeeze(1)
-            count = int((chosen == index).sum())
+            count, ready = int((chosen == index).sum()), int((self.plan.mass[step[rows]] > 0).sum())
+            if count > ready:
+                raise ValueError(
+                    f"{count} samples of route {self.routes[index].name!r} were asked for, and {ready} of its "
+                    f"{len(rows)} trajectories are in the band"
+                )
             trained[rows[choose(self.plan.mass[step[rows]], step[rows], count, generator)]] = True
         pool.trained += step[trained].bincount(minlength=len(self.plan.band))
         return list(zip(pool.groups, trained.split([len(group) for group in pool.groups]), strict=True))
@@ -218,7 +227,9 @@ class StreamingDanceOPD(VelocityMatching):
         """Start all trajectories, each rolled out afresh to a step of its own, evenly spread for every route."""
         pool, calls = self.trajectories, 0
         pool.trained = torch.zeros(len(self.plan.band), dtype=torch.int64)
-        steps = [even_steps(count, self.plan.length, generator) for count in self.plan.members.tolist()]
+        starts = torch.rand(len(self.routes), generator=generator, dtype=torch.float64)
+        members = self.plan.members.tolist()
+        steps = [spread_steps(count, self.plan.length, start) for count, start in zip(members, starts, strict=True)]
         route = torch.arange(len(steps)).repeat_interleave(self.plan.members)
         for step in range(self.plan.length):
             for new in self._begin(route[torch.cat(steps) == step], generator):
@@ -240,12 +251,6 @@ class StreamingDanceOPD(VelocityMatching):
 
     def _begin(self, route: Tensor, generator: torch.Generator) -> list[Trajectories]:
         return [begin(batch, generator, self.device) for batch in self.batches(route, generator)]
-
-
-def even_steps(count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Steps of ``count`` trajectories of ``length`` steps, evenly spread from a drawn offset on: int64 [count]."""
-    offset = torch.rand(1, generator=generator, dtype=torch.float64)
-    return ((torch.arange(count) + offset) / count * length).long().clamp_max(length - 1)
 
 
 def _field_calls(route: Route, grid: Grid) -> ExpectedCalls:

@@ -13,8 +13,9 @@ v_empty + a d, it acts as alpha beta - (beta - 1) a instead. Nothing but the emp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,11 +31,17 @@ from danceopd.states import Query
 
 @dataclass(frozen=True)
 class GuidanceSums:
-    """What the regression needs of each sample, [n] or [tasks, n]: <v - v_empty, d>, <d, d>, <v - v_empty, itself>."""
+    """What the regression needs of each sample, [n] or [tasks, n]: <v - v_empty, d>, <d, d>, <v - v_empty, itself>.
+
+    A last axis may hold a rollout's steps apart.
+    """
 
     along: np.ndarray
     square: np.ndarray
     whole: np.ndarray
+
+    def summed(self, axis: int) -> GuidanceSums:
+        return GuidanceSums(self.along.sum(axis), self.square.sum(axis), self.whole.sum(axis))
 
 
 def guidance_sums(velocity: Tensor, empty: Tensor, conditional: Tensor) -> GuidanceSums:
@@ -67,7 +74,7 @@ def student_guidance(
     scales: Sequence[float],
     batch_size: int,
 ) -> dict[float, GuidanceSums]:
-    """Sums of the student under each external scale, and at 0 (its empty output), against the base: a value a prompt.
+    """Sums of the student under each external scale, and at 0 (its empty output), against the base: [n, N] each.
 
     The states are the student's own: all N states on which ``grid`` calls a model, from pure noise, of one unguided
     rollout for each prompt and noise [n, ...]. Every state counts alike, in the velocity's own metric.
@@ -79,7 +86,7 @@ def student_guidance(
         z = noise[first : first + batch_size].to(condition.prompt_embeds.device)
         every = Query(steps.expand(len(z), -1), grid.sigmas[:-1].expand(len(z), -1))
         states = rollout(student, z, condition, grid, every).states
-        sums = {scale: GuidanceSums(*np.zeros((3, len(z)))) for scale in found}
+        sums: dict[float, list[GuidanceSums]] = {scale: [] for scale in found}
         empty_condition = family.empty(condition)
         for step in steps.tolist():
             here, sigma = states[:, step], grid.sigmas[step].to(z.device).expand(len(z))
@@ -88,15 +95,11 @@ def student_guidance(
             )
             for scale, so_far in sums.items():
                 guided = family.guide(own, own_empty, scale)
-                sums[scale] = _added(so_far, guidance_sums(guided, empty, conditional))
-        for scale, value in sums.items():
-            found[scale].append(value)
-    return {scale: _joined(parts) for scale, parts in found.items()}
+                so_far.append(guidance_sums(guided, empty, conditional))
+        for scale, of_steps in sums.items():
+            found[scale].append(_each(of_steps, partial(np.stack, axis=1)))
+    return {scale: _each(parts, np.concatenate) for scale, parts in found.items()}
 
 
-def _added(one: GuidanceSums, two: GuidanceSums) -> GuidanceSums:
-    return GuidanceSums(one.along + two.along, one.square + two.square, one.whole + two.whole)
-
-
-def _joined(parts: Sequence[GuidanceSums]) -> GuidanceSums:
-    return GuidanceSums(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("along", "square", "whole")))
+def _each(parts: Sequence[GuidanceSums], join: Callable[[Sequence[np.ndarray]], np.ndarray]) -> GuidanceSums:
+    return GuidanceSums(*(join([getattr(part, field.name) for part in parts]) for field in fields(GuidanceSums)))

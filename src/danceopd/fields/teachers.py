@@ -157,20 +157,28 @@ def require_recorded_targets(path: Path, lora: Lora, metadata: Mapping[str, str]
         )
 
 
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file aside, and rename it.
+
+    Raises:
+        CheckpointError: if it cannot be written; nothing is left of it.
+    """
+    aside = path.with_suffix(".tmp")
+    try:
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()}, aside, {"format": "pt", **(metadata or {})}
+        )
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def save_lora(lora: Lora, path: Path) -> None:
     """Write a LoRA in PEFT's keys with its rank, alpha and modules in the metadata; aside and then renamed."""
-    aside = path.with_suffix(".tmp")
-    save_file(
-        {name: weight.contiguous() for name, weight in lora.weights.items()},
-        aside,
-        {
-            "format": "pt",
-            "rank": str(lora.rank),
-            "alpha": repr(lora.alpha),
-            "targets": recorded_targets(lora.targets),
-        },
-    )
-    aside.replace(path)
+    recorded = {"rank": str(lora.rank), "alpha": repr(lora.alpha), "targets": recorded_targets(lora.targets)}
+    write_safetensors(lora.weights, path, recorded)
 
 
 def file_hash(path: Path) -> str:

@@ -54,6 +54,11 @@ class TrainPart(Part):
             )
         if self.gradient_cosine_steps and self.gradient_accumulation_steps > 1:
             raise ValueError("gradient_cosine_steps needs gradient_accumulation_steps 1: it compares whole gradients")
+        if self.gradient_cosine_steps and self.compile:
+            raise ValueError(
+                "gradient_cosine_steps needs compile false: it goes through the graph once for each route, and a "
+                "compiled network's graph gives up its buffers at the first"
+            )
         return self
 
 

@@ -99,8 +99,6 @@ def save_checkpoint(
         _sync(aside)
         aside.rename(target)
         _sync(folder)
-        for old in [*checkpoints(folder)[:-keep], *folder.glob(".writing-*")]:
-            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = latest_checkpoint(folder)
@@ -108,6 +106,10 @@ def save_checkpoint(
             f"could not write checkpoint {target}: {error}; "
             + (f"the previous one, {kept.name}, is whole" if kept else "there is no earlier one")
         ) from error
+    for old in checkpoints(folder)[:-keep]:
+        old.rename(old.with_name(f".writing-{old.name}"))  # so that none ever stands in part
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)  # what cannot be removed now is tried again next time
     return target
 
 

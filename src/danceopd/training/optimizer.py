@@ -20,7 +20,7 @@ def make_optimizer(parameters: list[nn.Parameter], part: TrainPart) -> torch.opt
 
 
 def learning_rate_factor(step: int, part: TrainPart) -> float:
-    """Warm-up from 1 / warmup to 1, then constant, or falling linearly or as a cosine to 0 at the last update."""
+    """Warm-up from 1 / warmup to 1, then constant, or falling linearly or as a cosine, to 0 after the last update."""
     if step < part.lr_warmup_steps:
         return (step + 1) / part.lr_warmup_steps
     if part.lr_scheduler == "constant":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ EXCHANGED = 2**26
 """Gradients that are exchanged in one go, in numbers: what is held twice for that moment."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for one that encodes all data, say; one that ends is noticed at once."""
+
+
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_DEEPSPEED")
+"""What Accelerate's launcher sets for engines that cut networks up, which its state only shows later."""
 
 
 class SeveralProcesses(RuntimeError):
@@ -57,10 +62,12 @@ class Processes:
         if state.num_processes == 1:
             yield ALONE
             return
-        if state.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        sharded = [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")]
+        if sharded or state.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            asked = ", ".join(sharded) or state.distributed_type.value
             raise SeveralProcesses(
-                f"the launcher asks for {state.distributed_type.value}; every process holds all networks whole: launch "
-                "plain processes (accelerate launch --multi_gpu, or torchrun)"
+                f"the launcher asks for {asked}; every process holds all networks whole: launch plain processes "
+                "(accelerate launch --multi_gpu, or torchrun)"
             )
         group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(group, distributed.ProcessGroup)  # every process is a member
@@ -97,8 +104,14 @@ class Processes:
                 content[part][key] = whole // self.count
         largest = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
         batch = recipe.train.batch_size // self.count
-        passes = next(count for count in range(1, batch + 1) if batch % count == 0 and batch // count <= largest)
-        content["train"]["gradient_accumulation_steps"] = passes
+        group = recipe.flow_opd.group_size if recipe.method == "flow_opd" else 1
+        sizes = [size for size in range(largest, 0, -1) if batch % size == 0 and size % group == 0]
+        if not sizes:
+            raise RecipeError(
+                f"train.batch_size: the {batch} samples of each of {self.count} processes do not divide into "
+                f"micro-batches of at most {largest} that are multiples of flow_opd.group_size {group}"
+            )
+        content["train"]["gradient_accumulation_steps"] = batch // sizes[0]
         return parse_recipe(content, where=f"on each of {self.count} processes, with its share of batch and pool")
 
     def generator(self, seed: int) -> torch.Generator:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -72,7 +73,11 @@ class Trainer:
     def __post_init__(self) -> None:
         recipe, student = self.assembly.recipe, self.assembly.student
         keep_freed_memory()
-        self.accelerator = Accelerator(cpu=self.assembly.method.device == torch.device("cpu"), mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=self.assembly.method.device == torch.device("cpu"),
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
+        )
         if self.accelerator.num_processes != self.processes.count:
             raise SeveralProcesses(
                 f"only `danceopd train` runs as several processes, found {self.accelerator.num_processes}; start this "
