@@ -228,7 +228,18 @@ def test_unknown_methods_poor_budgets_and_claims_about_nothing_are_refused(tmp_p
         compare(write(tmp_path, compute=13.0), out=tmp_path / "out")
     nowhere = {**CLAIMS[2], "at": "views/updates/danceopd/edit/of_best_sauce"}
     with pytest.raises(SuiteError, match=r"no 'of_best_sauce' there; it has overall"):
-        compare(write(tmp_path, claims=[nowhere], compute=None), out=tmp_path / "out", only=["danceopd"], resume=True)
+        compare(write(tmp_path, claims=[nowhere]), out=tmp_path / "new")
+    short = {**CLAIMS[2], "at": "views/updates/danceopd/edit"}
+    with pytest.raises(SuiteError, match=r"this is no estimate; it has overall, of_best_source"):
+        compare(write(tmp_path, claims=[short]), out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # before anything is trained
+
+
+def test_a_claim_against_a_reference_that_was_left_out_is_not_measured(tmp_path):
+    against = {**CLAIMS[2], "at": "views/updates/joint/edit/minus_reference"}
+    out = compare(write(tmp_path, claims=[against], compute=None), out=tmp_path / "out", only=["joint"])
+    (claim,) = read_comparison(out)["claims"]
+    assert (claim["estimate"], claim["verdict"]) == (None, None)
 
 
 def test_verdicts_follow_the_interval():

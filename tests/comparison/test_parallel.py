@@ -40,6 +40,16 @@ def test_the_first_error_ends_all():
         in_parallel(doubled, [3, 4], 2, print)
 
 
+def killed_run(work, run):
+    os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
+
+
+def test_a_run_that_is_killed_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("danceopd.comparison.runner._finish", killed_run)
+    with pytest.raises(ComparisonError, match=r"a run's process was killed.*--resume, perhaps with fewer --jobs"):
+        compare(write(tmp_path), out=tmp_path / "out", jobs=2)
+
+
 def test_two_jobs_find_what_one_finds(tmp_path):
     path = write(tmp_path)
     before = torch.get_num_threads()

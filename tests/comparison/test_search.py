@@ -86,6 +86,12 @@ def _chosen(content, method):
     return content["methods"][method]["chosen"]
 
 
+def test_a_trial_that_would_set_what_the_suite_sets_is_refused(tmp_path):
+    grid = SEARCH["grid"] | {"danceopd": {"train.seed": [1, 2]}}
+    with pytest.raises(SuiteError, match=r"method .danceopd.: train\.seed is not set here"):
+        search(write(tmp_path, search=SEARCH | {"grid": grid}), out=tmp_path / "searched")
+
+
 def test_a_suite_without_a_search_cannot_be_searched(tmp_path):
     with pytest.raises(SuiteError, match="declares no search"):
         search(write(tmp_path), out=tmp_path / "searched")

@@ -83,6 +83,19 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"claims": [{**LEAD, "at_least": 1.0}]}, "a claim is"),
         ({"claims": [VALUE]}, "a claim is"),
         ({"claims": [{**VALUE, "measure": "realism", "at_least": 1.0}]}, "does not measure 'realism'"),
+        ({"claims": [{**LEAD, "over": LEAD["method"]}]}, "a claim is"),
+        ({"claims": [{**VALUE, "at_least": 1.0, "view": "compute"}]}, "a claim is"),
+        ({"claims": [{**VALUE, "between": [1.1, 0.9]}]}, "between is a lower and a higher value"),
+        ({"methods": {"danceopd": {}, "../x": {}}}, "'../x' is a folder's name too"),
+        ({"methods": {"danceopd": {"train.seed": 3}}}, "train.seed is not set here"),
+        ({"methods": {"danceopd": {"train.steps": 3}}}, "train.steps is not set here"),
+        ({"methods": {"danceopd": {"output": "x"}}}, "output is not set here"),
+        (grid(danceopd={"query.band": []}, joint={"method": []}, merge={"method": []}), "at least one, found"),
+        (
+            grid(danceopd={"query.band": ["low_noise", "low_noise"]}),
+            "search.grid.danceopd.query.band: different values",
+        ),
+        ({"search": {**SEARCH, "seeds": [7, 7]}}, "search.seeds: different numbers"),
         ({"measures": {"guidance": {"scales": [1.0]}}}, "measures.guidance needs one route"),
         ({"measures": {"realism": {"teacher": "t2i"}}}, "teacher 't2i' is none of edit"),
         ({"paper": {"what": "scores", "figures": {"t2i": "0.8"}}}, "paper.figures: 't2i' is none of .*, base, edit;"),
@@ -103,6 +116,28 @@ def test_guidance_is_not_measured_of_a_student_that_was_taught_means(tmp_path):
     suite["recipe"] = suite["recipe"] | {"evaluate": {"scenes_per_task": 2, "num_inference_steps": 4}}
     with pytest.raises(SuiteError, match=r"guidance compares velocities, and rollout\.substeps teaches their means"):
         load_suite(write(tmp_path, suite))
+
+
+@pytest.mark.parametrize(
+    ("field", "evaluate", "message"),
+    [
+        ({"base": True, "negative_prompt": "blurry", "guidance_scale": 2.0}, {}, "'teacher' is not the base, or has a"),
+        ({"lora": "shapes:edit", "guidance_scale": 2.0}, {}, "'teacher' is not the base"),
+        ({"base": True}, {"guidance_scale": 2.0}, r"needs evaluate\.guidance_scale 1, found 2"),
+    ],
+)
+def test_guidance_is_measured_along_the_bases_own_direction_alone(tmp_path, field, evaluate, message):
+    suite = single_route(field, {"plain": {}}, measures={"guidance": {"scales": [1.0]}}, capabilities=["t2i"])
+    suite["recipe"] = suite["recipe"] | {"evaluate": suite["recipe"]["evaluate"] | evaluate}
+    with pytest.raises(SuiteError, match=message):
+        load_suite(write(tmp_path, suite))
+
+
+def test_a_shared_query_stays_out_of_methods_that_ask_for_none(tmp_path):
+    shared = TINY["recipe"] | {"query": {"band": "high_noise"}, "joint": {"sigma_mean": 0.8}}
+    recipes = load_suite(write(tmp_path, recipe=shared)).recipes
+    assert (recipes["danceopd"].query.band, recipes["joint"].joint.sigma_mean) == ("high_noise", 0.8)
+    assert recipes["joint"].query == recipes["merge"].query != recipes["danceopd"].query
 
 
 def test_files_that_are_no_suites_are_refused(tmp_path):

@@ -165,7 +165,8 @@ def test_a_share_is_an_even_part_of_batch_and_pool(tiny):
         Processes(0, 4).share(recipe)
     groups = tiny("method=flow_opd", "query={}", "train.batch_size=12", "flow_opd.group_size=3")
     assert Processes(0, 2).share(groups).train.batch_size == 6
-    parts = tiny("method=flow_opd", "query={}", "train.batch_size=40", "train.gradient_accumulation_steps=5")
+    sizes = "train.batch_size=40", "train.gradient_accumulation_steps=5", "flow_opd.group_size=4"
+    parts = tiny("method=flow_opd", "query={}", *sizes)
     assert Processes(0, 2).share(parts).train.gradient_accumulation_steps == 5  # 4 of 5 would split the groups of 4
     with pytest.raises(RecipeError, match=r"the 4 samples of each of 3 processes do not divide .* multiples .* 3"):
         Processes(0, 3).share(groups)

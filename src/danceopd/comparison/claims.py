@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from danceopd.comparison.results import Results
+from danceopd.comparison.results import GROUPS, Results
 from danceopd.comparison.statistics import Effect, as_json, paired_difference, paired_ratio
 from danceopd.comparison.suite import Suite, SuiteError
 from danceopd.comparison.suite_file import ClaimPart
@@ -21,18 +21,57 @@ def verdict(low: float, high: float, *, above: float = -math.inf, below: float =
     return NOT_REPRODUCED if high < above or low > below else INCONCLUSIVE
 
 
-def settle(suite: Suite, results: Results, measures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each claim with what was measured and its verdict, as JSON; None where its methods were left out.
+def require_values(suite: Suite) -> None:
+    """Refuse a claim whose ``at`` leads to none of the values that the suite will have, before anything is trained.
 
     Raises:
-        SuiteError: if a claim's ``at`` leads to no value.
+        SuiteError: naming the claim, and what there is.
     """
+    for claim in suite.claims:
+        here: Any = _values(suite)[str(claim.measure)] if claim.measure is not None else None
+        for part in str(claim.at).split("/") if claim.measure is not None else ():
+            if not isinstance(here, dict) or part not in here:
+                known = ", ".join(here) if isinstance(here, dict) else "nothing below"
+                raise SuiteError(f"suite {suite.name!r}, claim at {claim.at!r}: no {part!r} there; it has {known}")
+            here = here[part]
+        if isinstance(here, dict):
+            raise SuiteError(
+                f"suite {suite.name!r}, claim at {claim.at!r}: this is no estimate; it has {', '.join(here)}"
+            )
+
+
+def _values(suite: Suite) -> dict[str, Any]:
+    """Where the measures' JSON has estimates that a claim may be about; None stands for one."""
+    views = ["updates"] if suite.compute is None else ["updates", "compute"]
+    scores = {
+        capability: dict.fromkeys(("overall", "of_best_source", "minus_reference"))
+        | {"tasks": dict.fromkeys(GROUPS[capability][1])}
+        for capability in suite.capabilities
+    }
+    scales = [] if suite.measures.guidance is None else [f"{scale:g}" for scale in suite.measures.guidance.scales]
+    guidance = {
+        "empty": None,
+        "scales": {scale: dict.fromkeys(("guidance", "over_product", "over_absorbed", "score")) for scale in scales},
+        "teacher": dict.fromkeys(("score", "student_minus_teacher")),
+    }
+    each = {
+        "guidance": guidance,
+        "realism": dict.fromkeys(("reward", "gap_closed")),
+    }
+    return {
+        "scores": {"views": {view: dict.fromkeys(suite.recipes, scores) for view in views}},
+        **{name: {"methods": dict.fromkeys(suite.recipes, values)} for name, values in each.items()},
+    }
+
+
+def settle(suite: Suite, results: Results, measures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each claim with what was measured and its verdict, as JSON; None where its methods were left out."""
     settled = []
     for claim in suite.claims:
         if claim.measure is None:
             settled.append(_lead(claim, results))
         else:
-            settled.append(_value(claim, suite, measures))
+            settled.append(_value(claim, measures))
     return settled
 
 
@@ -53,7 +92,7 @@ def _lead(claim: ClaimPart, results: Results) -> dict[str, Any]:
     }
 
 
-def _value(claim: ClaimPart, suite: Suite, measures: dict[str, Any]) -> dict[str, Any]:
+def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
     if claim.between is not None:
         above, below = claim.between
         holds = f"between {above:g} and {below:g}"
@@ -61,7 +100,7 @@ def _value(claim: ClaimPart, suite: Suite, measures: dict[str, Any]) -> dict[str
         above, below = claim.at_least or 0.0, math.inf
         holds = f"at least {above:g}"
     found: dict[str, Any] = {"text": claim.text, "paper": claim.paper, "holds": holds, "kind": "value"}
-    estimate = _at(measures[str(claim.measure)], str(claim.at), suite)
+    estimate = _at(measures[str(claim.measure)], str(claim.at))
     if estimate is None:
         return found | {"estimate": None, "relative": None, "verdict": None}
     low, high = estimate["low"], estimate["high"]
@@ -74,18 +113,11 @@ def _value(claim: ClaimPart, suite: Suite, measures: dict[str, Any]) -> dict[str
     }
 
 
-def _at(content: Any, path: str, suite: Suite) -> dict[str, Any] | None:
-    """The estimate at ``path``; None where it lies under a method that this comparison left out."""
-    here = content
+def _at(content: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """The estimate at ``path``; None where it is of a method, or against a reference, that was left out."""
+    here: dict[str, Any] | None = content
     for part in path.split("/"):
-        if not isinstance(here, dict) or part not in here:
-            if part in suite.recipes:
-                return None
-            known = ", ".join(here) if isinstance(here, dict) else "nothing below"
-            raise SuiteError(f"suite {suite.name!r}, claim at {path!r}: no {part!r} there; it has {known}")
-        here = here[part]
-    if not isinstance(here, dict) or "low" not in here:
-        raise SuiteError(f"suite {suite.name!r}, claim at {path!r}: this is no estimate")
+        here = None if here is None else here.get(part)
     return here
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from danceopd.comparison.claims import require_values
 from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError, run_suite
 from danceopd.comparison.search import search as run_search
@@ -44,6 +45,7 @@ def compare(
         raise ComparisonError(
             f"{path} declares a search and {search_path(path)} is not there; first: danceopd search {path}"
         )
+    require_values(suite)
     part = _part(suite, seeds, only)
     if seeds is not None:
         suite = replace(suite, seeds=tuple(range(seeds)))

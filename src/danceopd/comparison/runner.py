@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,21 +52,34 @@ def run_suite(
     if unknown:
         raise ComparisonError(f"suite {suite.name!r} has no method {unknown[0]!r}; it has {', '.join(suite.recipes)}")
     methods = [name for name in suite.recipes if only is None or name in only]
-    assembled = {name: assemble(suite.recipes[name], device=pick_device()) for name in methods}
-    if suite.searched is not None and any(a.hashes != suite.searched.hashes for a in assembled.values()):
-        raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
-    views = {name: comparison_updates(suite, name, assembled[name]) for name in methods}
-    hashes = {name: assembly.hashes for name, assembly in assembled.items()}
+    views, hashes = {}, {}
+    for name in methods:
+        assembly = assemble(suite.recipes[name], device=pick_device())
+        views[name], hashes[name] = comparison_updates(suite, name, assembly), assembly.hashes
+        _require_searched_with(suite, hashes[name])
     sources = _sources(suite, root, report)  # before hours are spent
     work = partial(_run_points, suite, views, hashes, root)
     runs = [(method, seed) for seed in suite.seeds for method in methods]
     if jobs > 1:
-        in_parallel(partial(_finish, work), runs, jobs, report)  # its points are files, which are read below
+        try:
+            in_parallel(partial(_finish, work), runs, jobs, report)  # its points are files, which are read below
+        except BrokenProcessPool as error:
+            raise ComparisonError(
+                "a run's process was killed, as happens where memory runs out; nothing that was saved is lost: go on "
+                "with --resume, perhaps with fewer --jobs"
+            ) from error
     points: dict[str, dict[int, list[Point]]] = {method: {} for method in methods}
     for method, seed in runs:
         for updates, point in work((method, seed), report).items():
             points[method].setdefault(updates, []).append(point)
     return Results(points, views, sources)
+
+
+def _require_searched_with(suite: Suite, hashes: dict[str, str]) -> None:
+    """The search has the hashes of its reference's recipe; others may name the same data by another route."""
+    searched = {} if suite.searched is None else suite.searched.hashes
+    if any(searched.get(name, found) != found for name, found in hashes.items()):
+        raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
 
 
 def _finish(work: Callable[[tuple[str, int], Report], dict[int, Point]], run: tuple[str, int]) -> str:
@@ -130,8 +144,7 @@ def _point(
             report(f"{method}, seed {seed}: to update {updates}")
             keep_averaged(_trained_to(recipe, folder), kept)
         assembly, state = load_run(folder, device=pick_device(), purpose="scored", checkpoint=kept)
-        here = {"train": assembly.recipe.train.model_copy(update={"steps": updates}), "evaluate": recipe.evaluate}
-        assembly = replace(assembly, recipe=assembly.recipe.model_copy(update=here))  # the run may be further on
+        assembly = replace(assembly, recipe=recipe)  # the recorded one may be further on, or of another folder
         spent = {
             "updates": updates,
             "compute": state.calls["rollout"] + state.calls["field"] + 3 * state.calls["train"],

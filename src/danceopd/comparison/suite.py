@@ -7,6 +7,7 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from pydantic import ValidationError
 
 from danceopd.comparison.search_file import SearchFile, SearchMismatch, read_search
 from danceopd.comparison.suite_file import ClaimPart, MeasuresPart, PaperPart, SearchPart, SuiteFile
-from danceopd.recipe import IDLE, Recipe, RecipeError, override, parse_recipe, read_yaml, with_absolute_files
+from danceopd.recipe import IDLE, METHODS, Recipe, RecipeError, override, parse_recipe, read_yaml, with_absolute_files
 from danceopd.recipe.wording import explain
 
 _DEFAULTS = 1
 """Raised when a recipe's default changes, which no fingerprint holds: new keys leave old runs their folders."""
 REVISIONS: dict[str, int] = {}
 """By a recipe's ``method``: raised when its code changes what it trains, so that no suite mixes old runs with new."""
+
+
+UNSET = "set by the suite"
 
 
 class SuiteError(ValueError):
@@ -48,7 +52,7 @@ class Suite:
     searched: SearchFile | None
 
     def fingerprint(self, method: str) -> str:
-        """Ten hexadecimal digits of everything in the method's recipe that its weights depend on."""
+        """Ten hexadecimal digits of the method's recipe but its length, seed, output and evaluation."""
         train = self.recipes[method].train.model_dump(mode="json", exclude_defaults=True, exclude={"steps", "seed"})
         content = self.recipes[method].model_dump(mode="json", exclude_defaults=True, exclude={"output", "evaluate"})
         revised = REVISIONS.get(self.recipes[method].method)
@@ -140,6 +144,17 @@ def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
                 f"{path}: measures.guidance needs one route, taught by its field as that is scored: without a "
                 "guidance_scale or negative_prompt of the route's own"
             )
+        field = recipe.fields[route.field]
+        if not field.base or (field.negative_prompt, field.prompt_prefix) != ("", ""):
+            raise SuiteError(
+                f"{path}: measures.guidance goes by the base's own guidance, and field {route.field!r} is not the "
+                "base, or has a negative_prompt or prompt_prefix"
+            )
+    if content.measures.guidance is not None and recipe.evaluate.guidance_scale != 1.0:
+        raise SuiteError(
+            f"{path}: measures.guidance has scales of its own and needs evaluate.guidance_scale 1, found "
+            f"{recipe.evaluate.guidance_scale:g}"
+        )
     if content.measures.guidance is not None and recipe.rollout.substeps > 1:
         raise SuiteError(f"{path}: measures.guidance compares velocities, and rollout.substeps teaches their means")
     sources = ["base", *(name for name, part in recipe.fields.items() if not part.is_base)]
@@ -188,8 +203,12 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
             run.
     """
     where = f"{path}, method {method!r}"
-    merged: dict[str, Any] = deepcopy(content.recipe) | {"output": "unused"}
-    for part, idle in IDLE.get(str(content.methods[method].get("method", merged.get("method"))), {}).items():
+    merged: dict[str, Any] = deepcopy(content.recipe) | {"output": UNSET}
+    kind = str(content.methods[method].get("method", merged.get("method", "danceopd")))
+    if kind in METHODS:
+        for part in set(chain(*METHODS.values())).difference(METHODS[kind]):
+            merged.pop(part, None)
+    for part, idle in IDLE.get(kind, {}).items():
         if isinstance(merged.get(part), dict):
             merged[part] = {key: value for key, value in merged[part].items() if key not in idle}
     try:
@@ -197,6 +216,7 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
             override(merged, key, value)
     except RecipeError as error:
         raise SuiteError(f"{where}: {error}") from error
+    _require_own(where, merged)
     try:
         recipe = with_absolute_files(parse_recipe(merged, where=where), path.parent)
     except RecipeError as error:
@@ -209,6 +229,18 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
     if recipe.train.precision == "auto":
         raise SuiteError(f"{where}: train.precision must be 'bf16' or 'fp32', for 'auto' is measured by every run anew")
     return recipe
+
+
+def _require_own(where: str, merged: dict[str, Any]) -> None:
+    """Refuse what the suite sets itself, which would be lost."""
+    train = merged["train"] if isinstance(merged.get("train"), dict) else {}
+    given = {
+        "output": merged["output"] != UNSET,
+        "train.seed": "seed" in train,
+        "train.steps": train.get("steps", 0) != 0,
+    }
+    for key in (key for key, is_given in given.items() if is_given):
+        raise SuiteError(f"{where}: {key} is not set here: a suite has updates and seeds, and folders of its own")
 
 
 def require_shared(path: Path, recipes: dict[str, Recipe]) -> None:

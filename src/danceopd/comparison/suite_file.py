@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
@@ -90,12 +91,16 @@ class ClaimPart(SuitePart):
         leads = [self.method, self.over, self.capability]
         value = [self.text, self.measure, self.at]
         bounds = [self.at_least, self.between]
-        if None not in leads and value == [None] * 3 and bounds == [None] * 2:
+        if None not in leads and value == [None] * 3 and bounds == [None] * 2 and self.method != self.over:
             return self
-        if None not in value and leads == [None] * 3 and bounds.count(None) == 1:
+        viewed = "view" in self.model_fields_set
+        if None not in value and leads == [None] * 3 and bounds.count(None) == 1 and not viewed:
+            if self.between is not None and not self.between[0] < self.between[1]:
+                raise ValueError(f"between is a lower and a higher value, found {self.between}")
             return self
         raise ValueError(
-            "a claim is {method, over, capability, view} or {text, measure, at} with one of at_least and between"
+            "a claim is {method, over, capability, view} of two methods, or {text, measure, at} with one of at_least "
+            "and between"
         )
 
 
@@ -136,6 +141,9 @@ class SuiteFile(SuitePart):
     def _consistent(self) -> SuiteFile:
         _require_known("reference", [self.reference], self.methods)
         _require_known("capabilities", self.capabilities, GROUPS)
+        for name in self.methods:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"methods: {name!r} is a folder's name too: letters, digits, _ and -")
         if any(count < 1 for count in self.points):
             raise ValueError(f"points: updates are at least 1, found {self.points}")
         on_prompts = self.measures.guidance is not None or self.measures.realism is not None
@@ -157,6 +165,12 @@ class SuiteFile(SuitePart):
 def _check_search(search: SearchPart, suite: SuiteFile) -> None:
     _require_known("search.grid", search.grid, suite.methods)
     _require_known("search.capabilities", search.capabilities, suite.capabilities)
+    if len(set(search.seeds)) != len(search.seeds) or min(search.seeds) < 0:
+        raise ValueError(f"search.seeds: different numbers from 0, found {search.seeds}")
+    for name, grid in search.grid.items():
+        for key, values in grid.items():
+            if not values or any(value in values[:index] for index, value in enumerate(values)):
+                raise ValueError(f"search.grid.{name}.{key}: different values, at least one, found {values}")
     left_out = [name for name in suite.methods if name not in search.grid]
     if left_out:
         raise ValueError(f"search.grid: every method is searched alike, and {left_out[0]!r} is not there")

@@ -24,7 +24,6 @@ from torch import Tensor
 from danceopd.distill.rollout import rollout
 from danceopd.distill.schedule import Grid
 from danceopd.distill.solver import VelocityFunction
-from danceopd.evaluation.statistics import Estimate, ratio_estimate
 from danceopd.families.family import Family
 from danceopd.states import Query
 
@@ -49,11 +48,6 @@ def guidance_sums(velocity: Tensor, empty: Tensor, conditional: Tensor) -> Guida
     moved, direction = ((v.double() - empty.double()).flatten(1) for v in (velocity, conditional))
     products = ((moved * direction), direction**2, moved**2)
     return GuidanceSums(*(product.sum(1).cpu().numpy() for product in products))
-
-
-def effective_guidance(sums: GuidanceSums, rng: np.random.Generator) -> Estimate | None:
-    """g with its 95 % interval, samples resampled; None where the base's guidance direction is zero."""
-    return ratio_estimate(np.atleast_2d(sums.along), np.atleast_2d(sums.square), rng)
 
 
 def unexplained(sums: GuidanceSums) -> float:

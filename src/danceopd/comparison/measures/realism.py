@@ -47,10 +47,12 @@ def tables(content: dict[str, Any]) -> list[Table]:
 
 def plots(content: dict[str, Any]) -> list[Plot]:
     """Rewards as bars with intervals."""
-    rewards = content["sources"] | {name: entry["reward"] for name, entry in content["methods"].items()}
+    sources, methods = content["sources"], content["methods"]
+    rewards = [*sources.values(), *(entry["reward"] for entry in methods.values())]
     figure, axes = plt.subplots(figsize=(1.2 + 1.1 * len(rewards), 3.2))
-    value, low, high = (np.array([reward[key] for reward in rewards.values()]) for key in ("value", "low", "high"))
-    colors = ["#999" if name in content["sources"] else "#3b6fb6" for name in rewards]
-    axes.bar(list(rewards), value, yerr=[value - low, high - value], color=colors, capsize=3)
+    value, low, high = (np.array([reward[key] for reward in rewards]) for key in ("value", "low", "high"))
+    colors = ["#999"] * len(sources) + ["#3b6fb6"] * len(methods)
+    axes.bar(range(len(rewards)), value, yerr=[value - low, high - value], color=colors, capsize=3)
+    axes.set_xticks(range(len(rewards)), [*sources, *methods])
     axes.set(ylabel="realism reward", ylim=(0, 1))
     return [Plot("Realism reward", figure_url(figure))]
