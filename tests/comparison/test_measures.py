@@ -113,3 +113,8 @@ def test_staleness_stands_beside_the_scores(tmp_path):
     assert methods["moving"]["age"] > 0
     text = out.with_suffix(".md").read_text().split("## Staleness beside quality")[1]
     assert f"| {methods['moving']['staleness']:.4f} |" in text
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    for file in moved.rglob("points/*-staleness-*.json"):
+        file.unlink()
+    again = compare(tmp_path / "tiny.yaml", out=moved, resume=True)
+    assert read_comparison(again)["measures"]["staleness"]["methods"] == methods

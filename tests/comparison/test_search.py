@@ -2,9 +2,9 @@ import json
 
 import pytest
 import yaml
-from tiny_suites import SEARCH, write
+from tiny_suites import SEARCH, TINY, write
 
-from danceopd.comparison.compare import compare, search
+from danceopd.comparison.compare import compare, read_comparison, search
 from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.search_file import RULE, MethodSearch, Trial, choose
 from danceopd.comparison.suite import SuiteError, load_suite
@@ -84,6 +84,17 @@ def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):
 
 def _chosen(content, method):
     return content["methods"][method]["chosen"]
+
+
+def test_a_search_serves_methods_whose_routes_have_other_names(tmp_path):
+    recipe = TINY["recipe"] | {"fields": TINY["recipe"]["fields"] | {"guided": {"base": True, "guidance_scale": 2.0}}}
+    methods = {"danceopd": {}, "guided": {"routes.0.field": "guided"}}
+    band = {"query.band": ["low_noise", "mid_noise"]}
+    part = SEARCH | {"grid": dict.fromkeys(methods, band)}
+    path = write(tmp_path, recipe=recipe, methods=methods, compute=None, search=part)
+    search(path, out=tmp_path / "searched")
+    found = read_comparison(compare(path, out=tmp_path / "compared"))
+    assert set(found["searched"]["chosen"]) == set(methods)
 
 
 def test_a_trial_that_would_set_what_the_suite_sets_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from closed_forms import TinyNet
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from danceopd.fields.lora import Lora
@@ -16,6 +17,7 @@ from danceopd.fields.teachers import (
     read_safetensors,
     save_lora,
     source_hash,
+    write_safetensors,
 )
 
 
@@ -112,6 +114,19 @@ def test_a_module_that_went_missing_from_a_lora_is_noticed(tmp_path):
     save_file({name: tensor for name, tensor in whole.items() if name.startswith("fc.")}, path, metadata)
     with pytest.raises(CheckpointError, match="differ in 1, first 'out'"):
         load_lora(path)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("danceopd.fields.teachers.save_file", full)
+    (tmp_path / "x.safetensors").write_bytes(b"before")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors could not be written: No space left on device"):
+        write_safetensors({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert (tmp_path / "x.safetensors").read_bytes() == b"before"
 
 
 def test_hash_is_of_the_bytes(tmp_path):

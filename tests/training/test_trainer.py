@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import assert_same_run
 from safetensors.torch import load_file
 
 from danceopd import exports
@@ -52,6 +53,12 @@ def test_only_the_student_changes_and_the_last_checkpoints_are_kept(tiny):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {"loss/t2i", "loss/edit", "samples/t2i", "calls/rollout", "gradient_norm"} <= lines[-1].keys()
     assert list((folder.path / "tensorboard").iterdir())
+
+
+def test_a_launchers_gradient_accumulation_changes_nothing(tiny, tmp_path, monkeypatch):
+    plain = train(tiny(f"output={tmp_path / 'plain'}"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert_same_run(plain, train(tiny(f"output={tmp_path / 'told'}")))
 
 
 def test_accumulation_averages_micro_batches_and_keeps_one_route_per_update(tiny):

@@ -23,9 +23,8 @@ _DEFAULTS = 1
 """Raised when a recipe's default changes, which no fingerprint holds: new keys leave old runs their folders."""
 REVISIONS: dict[str, int] = {}
 """By a recipe's ``method``: raised when its code changes what it trains, so that no suite mixes old runs with new."""
-
-
 UNSET = "set by the suite"
+"""A suite's recipe has no output of its own; each run's is ``Suite.run_recipe``'s."""
 
 
 class SuiteError(ValueError):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from danceopd.comparison.results import GROUPS
 from danceopd.recipe import MAX_SEED
-from danceopd.recipe.wording import nearest
+from danceopd.recipe.wording import NAME, nearest
 
 
 class SuitePart(BaseModel):
@@ -142,8 +142,8 @@ class SuiteFile(SuitePart):
         _require_known("reference", [self.reference], self.methods)
         _require_known("capabilities", self.capabilities, GROUPS)
         for name in self.methods:
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-                raise ValueError(f"methods: {name!r} is a folder's name too: letters, digits, _ and -")
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"methods: {name!r} names a folder too: letters, digits, '_' and '-', a letter first")
         if any(count < 1 for count in self.points):
             raise ValueError(f"points: updates are at least 1, found {self.points}")
         on_prompts = self.measures.guidance is not None or self.measures.realism is not None

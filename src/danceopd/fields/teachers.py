@@ -176,7 +176,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 
 def save_lora(lora: Lora, path: Path) -> None:
-    """Write a LoRA in PEFT's keys with its rank, alpha and modules in the metadata; aside and then renamed."""
+    """Write a LoRA in PEFT's keys with its rank, alpha and modules in the metadata; see ``write_safetensors``."""
     recorded = {"rank": str(lora.rank), "alpha": repr(lora.alpha), "targets": recorded_targets(lora.targets)}
     write_safetensors(lora.weights, path, recorded)
 

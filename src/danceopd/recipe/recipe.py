@@ -20,7 +20,7 @@ from danceopd.recipe.teaching import (
     RoutingPart,
 )
 from danceopd.recipe.training import EvaluatePart, TrainPart
-from danceopd.recipe.wording import nearest
+from danceopd.recipe.wording import NAME, nearest
 
 RESERVED_NAMES = ("student", "student_start")
 """Names that fields may not have: the student's own, in scores and on the shared backbone."""
@@ -99,7 +99,7 @@ class Recipe(Part):
         if len(set(names)) != len(names):
             raise ValueError(f"routes need different names, found {', '.join(names)}")
         for name, part in self.fields.items():
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            if not re.fullmatch(NAME, name):
                 raise ValueError(f"fields.{name}: a field's name is letters, digits, '_' and '-', a letter first")
             if name in RESERVED_NAMES or (name == "base" and not part.is_base):
                 raise ValueError(f"fields.{name}: this name is taken; choose another")

@@ -9,6 +9,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+NAME = r"[A-Za-z][A-Za-z0-9_-]*"
+"""Names of fields and of a suite's methods: they are also names of folders, files and keys."""
+
 
 class RecipeError(ValueError):
     """A recipe cannot be used; the message names the file, the key, what was found and what is needed."""

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import file_hash, read_metadata, recorded_targets
+from danceopd.fields.teachers import file_hash, read_metadata, recorded_targets, write_safetensors
 from danceopd.world.generator import DATA_VERSION, SOURCE_TRAINING
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
 from danceopd.world.render import render
@@ -333,11 +333,9 @@ def quick(stages: tuple[Stage, ...] = STAGES, steps: int = 2, batch_size: int = 
 
 
 def _save(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write bfloat16 safetensors, aside and then renamed."""
-    aside = path.with_suffix(".tmp")
-    content = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
-    save_file(content, aside, {"format": "pt", **metadata})
-    aside.replace(path)
+    """Write bfloat16 safetensors, whole or not at all."""
+    content = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in weights.items()}
+    write_safetensors(content, path, metadata)
 
 
 def _optimizers(stage: Stage, trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
