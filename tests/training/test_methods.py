@@ -57,6 +57,17 @@ def test_a_method_trains_the_student_and_resumes_exactly(tiny, tmp_path, method)
     assert whole.metrics()[-1]["calls/train"] > 0
 
 
+@pytest.mark.parametrize("method", ["danceopd", "soft_mixing", "diffusion_opd", "flow_opd", "off_policy", "joint"])
+def test_only_methods_of_noised_targets_mind_what_the_targets_show(tiny, tmp_path, method):
+    students = {}
+    for data in ("", "_mismatched"):
+        routes = [f"routes.{index}.data.generator=shapes/{kind}{data}" for index, kind in enumerate(("t2i", "edit"))]
+        folder = train(tiny(f"output={tmp_path / (method + data)}", f"method={method}", *SETTINGS[method], *routes))
+        students[data] = load_file(checkpoints(folder.checkpoints)[-1] / "student.safetensors")
+    same = all(torch.equal(weight, students["_mismatched"][name]) for name, weight in students[""].items())
+    assert same == (method not in ("off_policy", "joint"))
+
+
 def test_muon_trains_and_resumes_exactly(tiny, tmp_path):
     muon = ["train.optimizer=muon", "train.learning_rate=0.01"]
     whole = train(tiny(*muon, f"output={tmp_path / 'whole'}", "train.steps=4"))

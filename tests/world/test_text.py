@@ -42,8 +42,26 @@ def test_generated_examples_depend_on_seed_and_index_alone():
     assert a.digest() == same
     others = [("shapes/local", 50, 1), ("shapes/edit", 51, 1), ("shapes/edit", 50, 2)]
     assert same not in [GeneratedExamples(name, size=size, seed=seed).digest() for name, size, seed in others]
+    assert len(list(a)) == 50
+    with pytest.raises(IndexError, match="examples 0 to 49, found 50"):
+        a[50]
     with pytest.raises(ValueError, match="unknown generator"):
         GeneratedExamples("shapes/video", size=1, seed=0)
+
+
+@pytest.mark.parametrize(("name", "edits"), [("shapes/t2i", False), ("shapes/edit", True)])
+def test_mismatched_examples_ask_the_same_and_show_something_else_in_a_quarter(name, edits):
+    exact, mismatched = (GeneratedExamples(each, size=400, seed=3) for each in (name, f"{name}_mismatched"))
+    wrong = 0
+    for right, other in zip(exact, mismatched, strict=True):
+        assert right.prompt == other.prompt
+        assert (right.source is not None) == (other.source is not None) == edits
+        assert not edits or torch.equal(right.source, other.source)
+        if not torch.equal(right.target, other.target):
+            wrong += 1
+            assert not edits or torch.equal(other.target, other.source)
+    assert 0.18 < wrong / 400 < 0.32  # a quarter within three standard deviations
+    assert exact.digest() != mismatched.digest()
 
 
 def test_evaluation_scenes_are_fresh_and_fixed(monkeypatch):

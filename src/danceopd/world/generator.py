@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,13 +24,27 @@ from danceopd.world.tasks import (
     draw_text_to_image,
 )
 
-GENERATORS: dict[str, tuple[str, ...]] = {
-    "shapes/t2i": HARD_T2I_OFTENER,
-    "shapes/edit": LOCAL_EDITS_OFTENER,
-    "shapes/local": LOCAL_EDITS,
-    "shapes/global": GLOBAL_EDITS,
+
+@dataclass(frozen=True)
+class Stream:
+    """What a generator draws: ``tasks``, uniformly, and in a share ``mismatched`` a target that is not the prompt's.
+
+    Mismatched targets are what careless collecting gives: the picture of another prompt, an edit's source as it was.
+    """
+
+    tasks: tuple[str, ...]
+    mismatched: float = 0.0
+
+
+GENERATORS: dict[str, Stream] = {
+    "shapes/t2i": Stream(HARD_T2I_OFTENER),
+    "shapes/edit": Stream(LOCAL_EDITS_OFTENER),
+    "shapes/local": Stream(LOCAL_EDITS),
+    "shapes/global": Stream(GLOBAL_EDITS),
+    "shapes/t2i_mismatched": Stream(HARD_T2I_OFTENER, mismatched=0.25),
+    "shapes/edit_mismatched": Stream(LOCAL_EDITS_OFTENER, mismatched=0.25),
 }
-"""Names that a recipe may use, and the tasks each draws uniformly: the mixtures that the sources were trained on."""
+"""Names that a recipe may use; the first four draw the mixtures that the sources were trained on."""
 
 _TRAINING, _EVALUATION, SOURCE_TRAINING = 11, 12, 13
 """First words of the seed sequences: a student's training, evaluation, and the sources' own training draw from streams
@@ -52,18 +67,21 @@ class GeneratedExamples:
     def __init__(self, name: str, *, size: int, seed: int) -> None:
         if name not in GENERATORS:
             raise ValueError(f"unknown generator {name!r}; known: {', '.join(GENERATORS)}")
-        self.name, self.tasks, self.size, self.seed = name, GENERATORS[name], size, seed
+        self.name, self.stream, self.size, self.seed = name, GENERATORS[name], size, seed
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{self.name} has examples 0 to {self.size - 1}, found {index}")
         rng = np.random.default_rng([_TRAINING, self.seed, index])
-        task = self.tasks[rng.integers(len(self.tasks))]
-        if task in T2I_TASKS:
-            drawn = draw_text_to_image(rng, task)
-            return Example(prompt=drawn.prompt, target=torch.from_numpy(render(drawn.scene)))
-        return edit_example(draw_edit(rng, task))
+        task = self.stream.tasks[rng.integers(len(self.stream.tasks))]
+        example = _drawn(rng, task)
+        if self.stream.mismatched and rng.random() < self.stream.mismatched:
+            wrong = _drawn(rng, task).target if example.source is None else example.source
+            return replace(example, target=wrong)
+        return example
 
     def digest(self) -> str:
         """SHA-256 over the data's version, the name, the size, the seed and the first eight examples themselves."""
@@ -75,6 +93,13 @@ class GeneratedExamples:
                 if image is not None:
                     digest.update(image.numpy().tobytes())
         return digest.hexdigest()
+
+
+def _drawn(rng: np.random.Generator, task: str) -> Example:
+    if task in T2I_TASKS:
+        drawn = draw_text_to_image(rng, task)
+        return Example(prompt=drawn.prompt, target=torch.from_numpy(render(drawn.scene)))
+    return edit_example(draw_edit(rng, task))
 
 
 def edit_example(edit: Edit) -> Example:
