@@ -6,7 +6,7 @@ from tiny_suites import SEARCH, TINY, write
 
 from danceopd.comparison.compare import compare, read_comparison, search
 from danceopd.comparison.runner import ComparisonError
-from danceopd.comparison.search_file import RULE, MethodSearch, Trial, choose
+from danceopd.comparison.search_file import FINALS, RULE, MethodSearch, Trial, choose, finalists
 from danceopd.comparison.suite import SuiteError, load_suite
 from danceopd.training.trainer import Trainer
 
@@ -24,6 +24,49 @@ def test_the_best_mean_is_chosen_unless_it_sacrifices_a_capability():
     assert chosen(trial("even", 0.8, 0.8), trial("one-sided", 0.6, 1.2)) == "even"  # 0.6 < 0.8 of 0.8
     assert chosen(trial("first", 0.5, 0.7), trial("second", 0.7, 0.5)) == "first"
     assert chosen(trial("all are one-sided", 0.1, 0.9), trial("worse", 0.09, 0.8)) == "all are one-sided"
+
+
+def test_the_better_half_goes_on_as_the_rule_would_choose_one_after_another():
+    trials = (
+        trial("a", 0.5, 0.7),
+        trial("b", 0.1, 1.3),
+        trial("c", 0.8, 0.8),
+        trial("d", 0.6, 0.9),
+        trial("e", 0.3, 0.4),
+    )
+    assert finalists(trials) == [0, 2, 3]  # c, then d, a (b's mean is higher, and it sacrifices one)
+    assert finalists(trials[:4]) == [2, 3]
+    assert finalists(trials[:1]) == [0]
+
+
+def test_finalists_go_on_and_the_choice_is_among_them(tmp_path, monkeypatch):
+    grid = SEARCH["grid"] | {
+        "danceopd": {"query.band": ["low_noise", "mid_noise", "high_noise"]},
+        "joint": {"joint.sigma_mean": [0.0, 0.8, 1.6]},
+        "merge": {"student.init": [{"t2i": 1.0, "edit": float(share)} for share in (1, 2, 3)]},
+    }
+    part = SEARCH | {"grid": grid, "final_updates": 2}
+    path, updates, update = write(tmp_path, search=part, compute=None), [], Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda trainer: updates.append(trainer.step) or update(trainer))
+    found = search(path, out=tmp_path / "searched")
+    assert sorted(updates) == [0] * 6 + [1] * 4  # two methods that train: three trials each, of which two go on
+    content = json.loads(found.read_text())
+    assert content["rule"] == f"{RULE} {FINALS}"
+    whole = write(tmp_path, search=part | {"updates": 2, "final_updates": None}, compute=None)
+    at_once = json.loads(search(whole, out=tmp_path / "whole").read_text())["methods"]
+    for name, method in content["methods"].items():
+        settings = [trial["settings"] for trial in method["trials"]]
+        assert [len(method["trials"]), len(method["finals"])] == [3, 2]
+        for final in method["finals"]:
+            assert final == at_once[name]["trials"][settings.index(final["settings"])]
+    path, losers = write(tmp_path, search=part, compute=None), content["methods"]["joint"]
+    found.write_text(json.dumps(content))
+    page = compare(path, out=tmp_path / "compared", only=["merge"]).with_suffix(".md").read_text()
+    assert "3 trials of 1 updates for each method, the better half of them of 2, on seeds" in page
+    losers["finals"] = losers["finals"][:1]
+    found.write_text(json.dumps(content))
+    with pytest.raises(SuiteError, match="what is chosen for 'joint' is not what its trials give"):
+        load_suite(path)
 
 
 def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):

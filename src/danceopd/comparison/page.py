@@ -54,9 +54,11 @@ def _search_table(searched: dict[str, Any]) -> Table:
         [name, ", ".join(f"{key} {value}" for key, value in chosen.items())]
         for name, chosen in searched["chosen"].items()
     ]
+    finals = searched.get("final_updates")  # pages of older searches have none
+    further = "" if finals is None else f", the better half of them of {finals}"
     note = (
-        f"{searched['trials']} trials of {searched['updates']} updates for each method, on seeds and scenes that are "
-        f"not these. {searched['rule']}"
+        f"{searched['trials']} trials of {searched['updates']} updates for each method{further}, on seeds and scenes "
+        f"that are not these. {searched['rule']}"
     )
     if searched["edges"]:
         said = "; ".join(f"{name}: {', '.join(edges)}" for name, edges in searched["edges"].items())

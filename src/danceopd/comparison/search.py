@@ -9,7 +9,7 @@ from typing import Any
 
 from danceopd.comparison.results import Results
 from danceopd.comparison.runner import Report, run_suite
-from danceopd.comparison.search_file import RULE, MethodSearch, SearchFile, Trial, choose
+from danceopd.comparison.search_file import FINALS, RULE, MethodSearch, SearchFile, Trial, choose, finalists
 from danceopd.comparison.suite import (
     Suite,
     SuiteError,
@@ -25,6 +25,9 @@ from danceopd.files import write_text
 from danceopd.training.assemble import assemble
 from danceopd.training.hardware import pick_device
 
+Tried = dict[int, dict[str, Any]]
+"""A method's trials: {index in its grid: settings}."""
+
 
 def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> Path:
     """Run every trial that ``root`` does not hold yet, choose, and write ``NAME.search.json`` beside the suite.
@@ -35,27 +38,35 @@ def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> 
     content = read_suite_file(path)
     if content.search is None:
         raise SuiteError(f"{path} declares no search")
-    suite = load_suite(path, with_search=False)
-    trials = {method: _combinations(grid) for method, grid in content.search.grid.items()}
-    searching = _trial_suite(path, content, content.search, suite, trials)
-    results = run_suite(searching, root, jobs=jobs, report=report)
-    best = {c: max(results.source(name, c).mean() for name in results.sources) for c in content.search.capabilities}
+    part, suite = content.search, load_suite(path, with_search=False)
+    tried = {method: dict(enumerate(_combinations(grid))) for method, grid in part.grid.items()}
+
+    def scored(updates: int, tried: dict[str, Tried]) -> dict[str, tuple[Trial, ...]]:
+        searching = _trial_suite(path, content, part, suite, tried, updates)
+        return _trials(run_suite(searching, root, jobs=jobs, report=report), tried, part.capabilities)
+
+    trials, finals = scored(part.updates, tried), {}
+    if part.final_updates is not None:
+        going_on = {method: {index: tried[method][index] for index in finalists(trials[method])} for method in tried}
+        report(f"to {part.final_updates} updates: " + ", ".join(_trial_names(going_on)))
+        finals = scored(part.final_updates, going_on)
     methods = {}
-    for method, tried in trials.items():
-        scored = tuple(
-            _trial(settings, results, _trial_name(method, index), best) for index, settings in enumerate(tried)
+    for method in tried:
+        last = finals.get(method, ())
+        methods[method] = MethodSearch(
+            trials=trials[method], finals=last, chosen=choose(last or trials[method]).settings
         )
-        methods[method] = MethodSearch(trials=scored, chosen=choose(scored).settings)
         for edge in methods[method].edges:
             report(f"{method}: {edge} tried; a better one may lie beyond")
     found = SearchFile(
         suite=suite.name,
         fits=search_fingerprint(content),
-        rule=RULE,
-        updates=content.search.updates,
-        seeds=content.search.seeds,
-        scenes_seed=content.search.scenes_seed,
-        scenes_per_task=content.search.scenes_per_task,
+        rule=RULE if part.final_updates is None else f"{RULE} {FINALS}",
+        updates=part.updates,
+        final_updates=part.final_updates,
+        seeds=part.seeds,
+        scenes_seed=part.scenes_seed,
+        scenes_per_task=part.scenes_per_task,
         hashes=assemble(suite.recipes[suite.reference], device=pick_device()).hashes,
         methods=methods,
     )
@@ -72,14 +83,18 @@ def _trial_name(method: str, index: int) -> str:
     return f"{method}-{index}"
 
 
+def _trial_names(tried: dict[str, Tried]) -> list[str]:
+    return [_trial_name(method, index) for method, settings in tried.items() for index in settings]
+
+
 def _trial_suite(
-    path: Path, content: SuiteFile, part: SearchPart, suite: Suite, trials: dict[str, list[dict[str, Any]]]
+    path: Path, content: SuiteFile, part: SearchPart, suite: Suite, tried: dict[str, Tried], updates: int
 ) -> Suite:
     """The suite with every trial as a method, on the search's own seeds, scenes and updates."""
     scenes = {"seed": part.scenes_seed, "scenes_per_task": part.scenes_per_task}
     recipes = {}
-    for method, tried in trials.items():
-        for index, settings in enumerate(tried):
+    for method, trials in tried.items():
+        for index, settings in trials.items():
             recipe = method_recipe(path, content, method, settings)
             recipes[_trial_name(method, index)] = recipe.model_copy(
                 update={"evaluate": recipe.evaluate.model_copy(update=scenes)}
@@ -88,9 +103,9 @@ def _trial_suite(
     return replace(
         suite,
         seeds=part.seeds,
-        reference=_trial_name(suite.reference, 0),
+        reference=_trial_name(suite.reference, next(iter(tried[suite.reference]))),
         recipes=recipes,
-        updates=part.updates,
+        updates=updates,
         compute=None,
         points=(),
         capabilities=part.capabilities,
@@ -99,11 +114,22 @@ def _trial_suite(
     )
 
 
-def _trial(settings: dict[str, Any], results: Results, name: str, best: dict[str, float]) -> Trial:
-    updates = results.views[name]["updates"]
-    scores = {capability: float(results.scores(name, updates, capability).mean()) for capability in best}
-    return Trial(
-        settings=settings,
-        scores={capability: round(value, 4) for capability, value in scores.items()},
-        ratios={capability: round(value / best[capability], 4) for capability, value in scores.items()},
-    )
+def _trials(results: Results, tried: dict[str, Tried], capabilities: tuple[str, ...]) -> dict[str, tuple[Trial, ...]]:
+    """Every trial with its scores, and their ratios to the best source's."""
+    best = {c: max(results.source(name, c).mean() for name in results.sources) for c in capabilities}
+    found = {}
+    for method, trials in tried.items():
+        scored = []
+        for index, settings in trials.items():
+            name = _trial_name(method, index)
+            updates = results.views[name]["updates"]
+            scores = {capability: float(results.scores(name, updates, capability).mean()) for capability in best}
+            scored.append(
+                Trial(
+                    settings=settings,
+                    scores={capability: round(value, 4) for capability, value in scores.items()},
+                    ratios={capability: round(value / best[capability], 4) for capability, value in scores.items()},
+                )
+            )
+        found[method] = tuple(scored)
+    return found

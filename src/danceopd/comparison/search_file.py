@@ -13,6 +13,10 @@ RULE = (
     "smallest ratio is at least 0.8 of the largest smallest ratio among them, the one with the highest mean ratio is "
     "chosen, the first of equals: the best mean, unless it sacrifices one capability."
 )
+FINALS = (
+    "The better half of a method's trials, as this would choose them one after another, goes on to the final number of "
+    "updates, and it chooses among those."
+)
 _LEAST_SHARE = 0.8
 
 
@@ -37,9 +41,10 @@ class Trial(_Part):
 
 
 class MethodSearch(_Part):
-    """All trials of a method, and the settings chosen."""
+    """All trials of a method, those that went on, after the final number of updates, and the settings chosen."""
 
     trials: tuple[Trial, ...]
+    finals: tuple[Trial, ...] = ()
     chosen: dict[str, Any]
 
     @property
@@ -53,6 +58,13 @@ class MethodSearch(_Part):
                 found += [f"{key} {value:g} is the highest"] if value == max(tried) else []
         return found
 
+    @property
+    def holds_together(self) -> bool:
+        """Whether what went on and what was chosen is what the scores give."""
+        went_on = [trial.settings for trial in self.finals]
+        due = [self.trials[index].settings for index in finalists(self.trials)] if self.finals else []
+        return went_on == due and self.chosen == choose(self.finals or self.trials).settings
+
 
 class SearchFile(_Part):
     """The file. fits: of the suite that it belongs to; hashes: of its sources."""
@@ -61,6 +73,7 @@ class SearchFile(_Part):
     fits: str
     rule: str
     updates: int
+    final_updates: int | None = None
     seeds: tuple[int, ...]
     scenes_seed: int
     scenes_per_task: int
@@ -73,6 +86,16 @@ def choose(trials: tuple[Trial, ...]) -> Trial:
     smallest = [min(trial.ratios.values()) for trial in trials]
     balanced = [trial for trial, ratio in zip(trials, smallest, strict=True) if ratio >= _LEAST_SHARE * max(smallest)]
     return max(balanced, key=lambda trial: trial.mean_ratio)
+
+
+def finalists(trials: tuple[Trial, ...]) -> list[int]:
+    """Where the better half of the trials is: those that ``RULE`` would choose one after another, half rounded up."""
+    left, best = list(range(len(trials))), []
+    while 2 * len(best) < len(trials):
+        chosen = choose(tuple(trials[index] for index in left))
+        best.append(next(index for index in left if trials[index] is chosen))
+        left.remove(best[-1])
+    return sorted(best)
 
 
 def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
@@ -89,6 +112,6 @@ def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
     if content.fits != fits or content.methods.keys() != methods:
         raise SearchMismatch(f"{path} was made for another recipe, methods or grid than the suite's; {again}")
     for name, method in content.methods.items():
-        if method.chosen != choose(method.trials).settings:
+        if not method.holds_together:
             raise SearchMismatch(f"{path}: what is chosen for {name!r} is not what its trials give; {again}")
     return content

@@ -174,6 +174,8 @@ def search_fingerprint(content: SuiteFile) -> str:
     if isinstance(found["recipe"].get("evaluate"), dict):
         for key in ("seed", "scenes_per_task"):
             found["recipe"]["evaluate"].pop(key, None)
+    if found["search"]["final_updates"] is None:  # a younger key, which leaves older searches their fingerprints
+        del found["search"]["final_updates"]
     return digest(found)
 
 

@@ -55,6 +55,9 @@ class SearchPart(SuitePart):
     """The settings search: every method's grid has the same number of trials, on seeds and scenes of its own."""
 
     updates: int = Field(ge=1, description="Optimiser updates of a trial.")
+    final_updates: int | None = Field(
+        default=None, description="Updates to which the better half of a method's trials goes on, to choose among them."
+    )
     seeds: tuple[int, ...] = Field(min_length=1, strict=False, description="Training seeds; never the suite's own.")
     scenes_seed: int = Field(ge=0, le=MAX_SEED, description="Seed of the scenes that decide; never the evaluation's.")
     scenes_per_task: int = Field(ge=2, description="Scenes per task that decide.")
@@ -167,6 +170,8 @@ def _check_search(search: SearchPart, suite: SuiteFile) -> None:
     _require_known("search.capabilities", search.capabilities, suite.capabilities)
     if len(set(search.seeds)) != len(search.seeds) or min(search.seeds) < 0:
         raise ValueError(f"search.seeds: different numbers from 0, found {search.seeds}")
+    if search.final_updates is not None and search.final_updates <= search.updates:
+        raise ValueError(f"search.final_updates: more than the {search.updates} updates, found {search.final_updates}")
     for name, grid in search.grid.items():
         for key, values in grid.items():
             if not values or any(value in values[:index] for index, value in enumerate(values)):

@@ -24,6 +24,7 @@ def summarise(suite: Suite, results: Results, part: str | None) -> dict[str, Any
         searched = {
             "rule": suite.searched.rule,
             "updates": suite.searched.updates,
+            "final_updates": suite.searched.final_updates,
             "trials": len(next(iter(suite.searched.methods.values())).trials),
             "chosen": {name: suite.searched.methods[name].chosen for name in results.views},
             "edges": {name: edges for name in results.views if (edges := suite.searched.methods[name].edges)},
