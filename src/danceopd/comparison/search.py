@@ -115,21 +115,18 @@ def _trial_suite(
 
 
 def _trials(results: Results, tried: dict[str, Tried], capabilities: tuple[str, ...]) -> dict[str, tuple[Trial, ...]]:
-    """Every trial with its scores, and their ratios to the best source's."""
     best = {c: max(results.source(name, c).mean() for name in results.sources) for c in capabilities}
-    found = {}
-    for method, trials in tried.items():
-        scored = []
-        for index, settings in trials.items():
-            name = _trial_name(method, index)
-            updates = results.views[name]["updates"]
-            scores = {capability: float(results.scores(name, updates, capability).mean()) for capability in best}
-            scored.append(
-                Trial(
-                    settings=settings,
-                    scores={capability: round(value, 4) for capability, value in scores.items()},
-                    ratios={capability: round(value / best[capability], 4) for capability, value in scores.items()},
-                )
-            )
-        found[method] = tuple(scored)
-    return found
+    return {
+        method: tuple(_trial(settings, results, _trial_name(method, index), best) for index, settings in trials.items())
+        for method, trials in tried.items()
+    }
+
+
+def _trial(settings: dict[str, Any], results: Results, name: str, best: dict[str, float]) -> Trial:
+    updates = results.views[name]["updates"]
+    scores = {capability: float(results.scores(name, updates, capability).mean()) for capability in best}
+    return Trial(
+        settings=settings,
+        scores={capability: round(value, 4) for capability, value in scores.items()},
+        ratios={capability: round(value / best[capability], 4) for capability, value in scores.items()},
+    )

@@ -112,6 +112,6 @@ def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
     if content.fits != fits or content.methods.keys() != methods:
         raise SearchMismatch(f"{path} was made for another recipe, methods or grid than the suite's; {again}")
     for name, method in content.methods.items():
-        if not method.holds_together:
+        if bool(method.finals) != (content.final_updates is not None) or not method.holds_together:
             raise SearchMismatch(f"{path}: what is chosen for {name!r} is not what its trials give; {again}")
     return content
