@@ -205,7 +205,9 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="What to draw, or the edit to make. Repeatable.")],
     image: Annotated[Path | None, typer.Option(help="Source image of an edit.")] = None,
     field: Annotated[str, typer.Option(help="student, base, or a field of the recipe.")] = "student",
-    guidance_scale: Annotated[float, typer.Option(min=0, help="External guidance; 1 is none.")] = 1.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="External guidance, 1 is none; as the run is evaluated by default.")
+    ] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="Sampler steps; as the run is evaluated by default.")
     ] = None,

@@ -30,7 +30,7 @@ def sample_images(
     prompts: list[str],
     image: Path | None,
     field: str,
-    guidance_scale: float,
+    guidance_scale: float | None,
     num_inference_steps: int | None,
     seed: int,
     out: Path,
@@ -38,7 +38,7 @@ def sample_images(
 ) -> list[Path]:
     """Draw one PNG per prompt with the student or a named field.
 
-    num_inference_steps: of the sampler; by default the recipe's ``evaluate.num_inference_steps``.
+    guidance_scale, num_inference_steps: of the sampler; by default those of the recipe's ``evaluate``.
     size: height and width; by default the image's, or else the family's.
 
     Raises:
@@ -53,7 +53,9 @@ def sample_images(
     models = model_velocities(run) | {name: value.velocity for name, value in run.fields.items()}
     if field not in models:
         raise RecipeError(f"{folder.path} has no field {field!r}; it has {', '.join(models)}")
-    asked: dict[str, Any] = {"guidance_scale": guidance_scale, "seed": seed}
+    asked: dict[str, Any] = {"seed": seed}
+    if guidance_scale is not None:
+        asked["guidance_scale"] = guidance_scale
     if num_inference_steps is not None:
         asked["num_inference_steps"] = num_inference_steps
     if field == "student":  # which may have been taught one number of steps alone

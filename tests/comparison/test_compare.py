@@ -14,7 +14,6 @@ from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.suite import SuiteError, load_suite
 from danceopd.runs import train
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure
 from danceopd.training.trainer import Trainer
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -50,7 +49,7 @@ def test_a_suite_is_compared_and_never_recomputed(tmp_path):
     part = out / path.stem / "part.md"
     assert "A part of the suite: without danceopd, merge." in part.read_text()
     assert len(first) == 3  # one run: a further point, equal updates (a point too) and equal compute
-    with pytest.raises(ComparisonError, match="already holds a comparison; go on with --resume"):
+    with pytest.raises(ComparisonError, match="already holds files; go on with --resume"):
         compare(path, out=out)
     compare(path, out=out, resume=True)
     assert all(file.stat().st_mtime_ns == time for file, time in first.items())
@@ -141,8 +140,24 @@ def test_a_cached_run_whose_sources_changed_is_refused(tmp_path):
         content = json.loads(state.read_text())
         content["hashes"]["shapes:edit"] = "0" * 64
         state.write_text(json.dumps(content))
-    with pytest.raises(CheckpointFailure, match="shapes:edit"):
+    with pytest.raises(ComparisonError, match=r"danceopd, seed 0, in .*seed-0: sources changed.*shapes:edit"):
         compare(path, out=out, resume=True)
+
+
+def test_a_run_that_diverges_says_which(tmp_path):
+    methods = {"danceopd": {"train.learning_rate": 1e38}}
+    path = write(tmp_path, methods=methods, updates=4, compute=None)
+    with pytest.raises(ComparisonError, match=r"danceopd, seed 0, in .*seed-0: update \d: non-finite loss on route"):
+        compare(path, out=tmp_path / "out")
+
+
+def test_a_search_is_held_to_the_contents_of_its_sources_wherever_they_lie(tmp_path):
+    suite = load_suite(Path(__file__).parents[2] / "suites" / "local_global.yaml")
+    hashes = {suite.reference: {f"/elsewhere/{name}": found for name, found in suite.searched.hashes.items()}}
+    runner._require_searched_with(suite, hashes)
+    hashes[suite.reference]["/elsewhere/shapes:local"] = "0" * 64
+    with pytest.raises(ComparisonError, match="made with other sources"):
+        runner._require_searched_with(suite, hashes)
 
 
 def test_equal_compute_buys_as_many_updates_as_predicted_and_is_spent(tmp_path):
@@ -229,6 +244,9 @@ def test_unknown_methods_poor_budgets_and_claims_about_nothing_are_refused(tmp_p
     nowhere = {**CLAIMS[2], "at": "views/updates/danceopd/edit/of_best_sauce"}
     with pytest.raises(SuiteError, match=r"no 'of_best_sauce' there; it has overall"):
         compare(write(tmp_path, claims=[nowhere]), out=tmp_path / "new")
+    itself = {**CLAIMS[2], "at": "views/updates/danceopd/edit/minus_reference"}
+    with pytest.raises(SuiteError, match=r"no 'minus_reference' there; it has overall, of_best_source, tasks"):
+        compare(write(tmp_path, claims=[itself]), out=tmp_path / "new")
     short = {**CLAIMS[2], "at": "views/updates/danceopd/edit"}
     with pytest.raises(SuiteError, match=r"this is no estimate; it has overall, of_best_source"):
         compare(write(tmp_path, claims=[short]), out=tmp_path / "new")
@@ -248,7 +266,9 @@ def test_verdicts_follow_the_interval():
         "not reproduced",
         "inconclusive",
     ]
-    law = {"above": 0.9, "below": 1.1}
+    assert verdict(0.0, 0.0, above=0.0) == "not reproduced"
+    assert verdict(1.0, 1.0, at_least=1.0) == "reproduced"
+    law = {"at_least": 0.9, "at_most": 1.1}
     assert [verdict(low, high, **law) for low, high in ((0.95, 1.05), (1.2, 1.3), (1.0, 1.2), (0.5, 1.5))] == [
         "reproduced",
         "not reproduced",

@@ -1,11 +1,20 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_suites import SEARCH, TINY, single_route, write
 
-from danceopd.comparison.suite import _DEFAULTS, REVISIONS, SuiteError, load_suite, updates_within
+from danceopd.comparison.suite import (
+    _DEFAULTS,
+    REVISIONS,
+    SuiteError,
+    load_suite,
+    method_recipe,
+    read_suite_file,
+    updates_within,
+)
 from danceopd.recipe import Recipe
 from danceopd.training.assemble import assemble
 
@@ -104,6 +113,10 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"search": {**SEARCH, "final_updates": 1}}, "search.final_updates: more than the 1 updates, found 1"),
         ({"search": {**SEARCH, "seeds": [0]}}, "seed 0 is one that the suite reports"),
         ({"search": {**SEARCH, "scenes_seed": 0}}, "is the evaluation's own"),
+        ({"compute": math.inf}, "compute: .*finite"),
+        ({"claims": [{**VALUE, "at_least": math.nan}]}, "at_least: .*finite"),
+        ({"claims": [{**VALUE, "between": [0.9, math.inf]}]}, "between.*finite"),
+        ({"measures": {"guidance": {"scales": [1.0, math.nan]}}}, "scales.*finite"),
     ],
 )
 def test_suites_that_compare_unlike_things_or_do_not_fit_are_refused(tmp_path, changes, message):
@@ -139,6 +152,13 @@ def test_a_shared_query_stays_out_of_methods_that_ask_for_none(tmp_path):
     recipes = load_suite(write(tmp_path, recipe=shared)).recipes
     assert (recipes["danceopd"].query.band, recipes["joint"].joint.sigma_mean) == ("high_noise", 0.8)
     assert recipes["joint"].query == recipes["merge"].query != recipes["danceopd"].query
+    changed = method_recipe(
+        path := write(tmp_path, recipe=shared),
+        read_suite_file(path),
+        "joint",
+        {"method": "off_policy", "query.states": "data"},
+    )
+    assert changed.query.band == "high_noise"  # what a trial's own method shares is kept
 
 
 def test_files_that_are_no_suites_are_refused(tmp_path):
@@ -154,6 +174,11 @@ def test_a_budget_that_pays_for_no_update_is_refused():
     assert updates_within(300.0, 12.0, "joint") == 25
     with pytest.raises(SuiteError, match="method 'joint' needs 12 forward-equivalents an update; the budget of 10"):
         updates_within(10.0, 12.0, "joint")
+    assert updates_within(300.0, 12.0, "streaming", once=60.0) == 20
+    with pytest.raises(
+        SuiteError, match="12 forward-equivalents an update and 295 before the first; the budget of 300"
+    ):
+        updates_within(300.0, 12.0, "streaming", once=295.0)
 
 
 def test_what_a_run_is_cached_by(tmp_path):

@@ -85,6 +85,15 @@ def test_stratified_puts_one_query_in_each_part(rng):
     assert torch.equal(step // 4, torch.arange(4).expand(200, -1))
 
 
+@pytest.mark.parametrize("states", [3, 4, 16])
+def test_stratified_steps_have_the_probabilities_that_it_states(states, rng):
+    query = StratifiedQuery(per_rollout=states)
+    step = query.draw(64_000, GRID, rng).step
+    assert bool((step.diff(dim=1) > 0).all())
+    found = torch.bincount(step.flatten(), minlength=16) / step.numel()
+    assert float((found - query.step_probabilities(GRID)).abs().max()) < 0.002
+
+
 def test_errors_name_what_is_wrong(rng):
     with pytest.raises(ValueError, match="per_rollout >= 1"):
         BetaQuery(5, 2, per_rollout=0)

@@ -207,8 +207,15 @@ def test_a_pool_goes_on_exactly_from_its_state(rng):
     one, two = method.state(), again.state()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(ValueError, match="found 32 trajectories, needed 48"):
+    again.load_state(one)
+    again.step(student, batch_size=8, generator=rng)
+    assert all(torch.equal(one[name], two[name]) for name in one)  # what was loaded is not worked in
+    with pytest.raises(ValueError, match=r"found \[16, 16\] trajectories of the routes, needed \[24, 24\]"):
         streaming(*routes, pool=48).load_state(one)
+    with pytest.raises(ValueError, match=r"found \[16, 16\] trajectories of the routes, needed \[24, 8\]"):
+        streaming(replace(routes[0], weight=3.0), routes[1]).load_state(one)
+    with pytest.raises(ValueError, match="another grid or band than this one's 6 steps"):
+        streaming(*routes, grid=d.shifted_grid(steps=6, shift=1.0)).load_state(one)
     with pytest.raises(ValueError, match="no condition 'Other' here"):
         streaming(*routes).load_state({name.replace("Kind", "Other"): tensor for name, tensor in one.items()})
 

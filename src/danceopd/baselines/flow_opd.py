@@ -124,6 +124,7 @@ class FlowOPD(Method):
             to_go = None
             if self.gradient == "total":
                 to_go, more = self._costs_to_go(student, batch, noises)
+                torch.clear_autocast_cache()  # a guard, as in distill/matching.py
                 calls += more
             z = noises[0]
             for j in range(steps):

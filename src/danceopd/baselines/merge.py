@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from danceopd.fields.lora import Lora, combined
@@ -43,8 +44,8 @@ def merged_weights(sources: Sequence[tuple[Mapping[str, Tensor], float]]) -> dic
                 raise ValueError(f"checkpoints to merge differ at {name!r}: shapes {found[0]} and {found[1]}")
     merged = {}
     for name, tensor in first.items():
-        total = sum(share * source[name].float() for (source, _), share in zip(sources, shares, strict=True))
-        merged[name] = total.to(tensor.dtype) if isinstance(total, Tensor) else tensor
+        parts = [share * source[name].float() for (source, _), share in zip(sources, shares, strict=True)]
+        merged[name] = torch.stack(parts).sum(0).to(tensor.dtype)
     return merged
 
 

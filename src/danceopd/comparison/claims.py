@@ -14,11 +14,13 @@ from danceopd.comparison.tables import WORDS, Table, percent, signed
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 
 
-def verdict(low: float, high: float, *, above: float = -math.inf, below: float = math.inf) -> str:
+def verdict(
+    low: float, high: float, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
+) -> str:
     """By the interval alone: inside the claimed range, outside it, or across its edge."""
-    if above < low and high < below:
+    if above < low and at_least <= low and high <= at_most:
         return REPRODUCED
-    return NOT_REPRODUCED if high < above or low > below else INCONCLUSIVE
+    return NOT_REPRODUCED if high <= above or high < at_least or low > at_most else INCONCLUSIVE
 
 
 def require_values(suite: Suite) -> None:
@@ -43,24 +45,30 @@ def require_values(suite: Suite) -> None:
 def _values(suite: Suite) -> dict[str, Any]:
     """Where the measures' JSON has estimates that a claim may be about; None stands for one."""
     views = ["updates"] if suite.compute is None else ["updates", "compute"]
-    scores = {
-        capability: dict.fromkeys(("overall", "of_best_source", "minus_reference"))
-        | {"tasks": dict.fromkeys(GROUPS[capability][1])}
-        for capability in suite.capabilities
-    }
     scales = [] if suite.measures.guidance is None else [f"{scale:g}" for scale in suite.measures.guidance.scales]
-    guidance = {
-        "empty": None,
-        "scales": {scale: dict.fromkeys(("guidance", "over_product", "over_absorbed", "score")) for scale in scales},
-        "teacher": dict.fromkeys(("score", "student_minus_teacher")),
-    }
-    each = {
-        "guidance": guidance,
-        "realism": dict.fromkeys(("reward", "gap_closed")),
-    }
+
+    def scores(method: str) -> dict[str, Any]:
+        kinds = ["overall", "of_best_source", *(["minus_reference"] if method != suite.reference else [])]
+        return {
+            capability: dict.fromkeys(kinds) | {"tasks": dict.fromkeys(GROUPS[capability][1])}
+            for capability in suite.capabilities
+        }
+
+    def guidance(method: str) -> dict[str, Any]:
+        recipe = suite.recipes[method]
+        guided = recipe.fields[recipe.routes[0].field].guidance_scale != 1.0
+        kinds = ("guidance", "over_product", "over_absorbed", "score")
+        return {
+            "empty": None,
+            "scales": {scale: dict.fromkeys(kinds) for scale in scales},
+            **({"teacher": dict.fromkeys(("score", "student_minus_teacher"))} if guided else {}),
+        }
+
+    realism = dict.fromkeys(("reward", "gap_closed"))
     return {
-        "scores": {"views": {view: dict.fromkeys(suite.recipes, scores) for view in views}},
-        **{name: {"methods": dict.fromkeys(suite.recipes, values)} for name, values in each.items()},
+        "scores": {"views": {view: {method: scores(method) for method in suite.recipes} for view in views}},
+        "guidance": {"methods": {method: guidance(method) for method in suite.recipes}},
+        "realism": {"methods": dict.fromkeys(suite.recipes, realism)},
     }
 
 
@@ -94,11 +102,11 @@ def _lead(claim: ClaimPart, results: Results) -> dict[str, Any]:
 
 def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
     if claim.between is not None:
-        above, below = claim.between
-        holds = f"between {above:g} and {below:g}"
+        least, most = claim.between
+        holds = f"between {least:g} and {most:g}"
     else:
-        above, below = claim.at_least or 0.0, math.inf
-        holds = f"at least {above:g}"
+        least, most = claim.at_least or 0.0, math.inf
+        holds = f"at least {least:g}"
     found: dict[str, Any] = {"text": claim.text, "paper": claim.paper, "holds": holds, "kind": "value"}
     estimate = _at(measures[str(claim.measure)], str(claim.at))
     if estimate is None:
@@ -109,7 +117,7 @@ def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
     return found | {
         "estimate": estimate,
         "relative": None,
-        "verdict": verdict(low, high, above=above, below=below),
+        "verdict": verdict(low, high, at_least=least, at_most=most),
     }
 
 

@@ -104,7 +104,7 @@ def read_comparison(json_file: Path) -> dict[str, Any] | None:
 
 def _folder(folder: Path, resume: bool) -> Path:
     if not resume and folder.exists() and any(folder.iterdir()):
-        raise ComparisonError(f"{folder} already holds a comparison; go on with --resume, or choose another --out")
+        raise ComparisonError(f"{folder} already holds files; go on with --resume, or choose another --out")
     return folder
 
 

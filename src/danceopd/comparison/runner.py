@@ -17,12 +17,14 @@ from danceopd.comparison.suite import Suite, digest, updates_within
 from danceopd.evaluation.scorers import scorer
 from danceopd.files import write_text
 from danceopd.recipe import Recipe
-from danceopd.runs import model_velocities, train
+from danceopd.runs import train
+from danceopd.states import NetworkCalls
 from danceopd.training.assemble import Assembly, assemble, load_models
-from danceopd.training.checkpoint import checkpoints, keep_averaged, load_checkpoint_state
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints, keep_averaged, load_checkpoint_state
 from danceopd.training.hardware import pick_device
+from danceopd.training.models import model_velocities
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import load_run, prepare_recipe
+from danceopd.training.trainer import NonFiniteLoss, load_run, prepare_recipe
 
 Report = Callable[[str], None]
 SCORING: int | None = None
@@ -42,9 +44,8 @@ def run_suite(
 
     Raises:
         RecipeError: if the suite's family has no scorer.
-        ComparisonError: if ``only`` names an unknown method, the suite's search was made with other sources, or a
-            cached run cannot serve.
-        CheckpointFailure: if a cached run's sources changed.
+        ComparisonError: if ``only`` names an unknown method, the suite's search was made with other sources, a cached
+            run cannot serve, or one diverges.
         Interrupted: on SIGINT or SIGTERM.
     """
     scorer(suite.recipes[suite.reference].family)
@@ -56,7 +57,7 @@ def run_suite(
     for name in methods:
         assembly = assemble(suite.recipes[name], device=pick_device())
         views[name], hashes[name] = comparison_updates(suite, name, assembly), assembly.hashes
-        _require_searched_with(suite, hashes[name])
+    _require_searched_with(suite, hashes)
     sources = _sources(suite, root, report)  # before hours are spent
     work = partial(_run_points, suite, views, hashes, root)
     runs = [(method, seed) for seed in suite.seeds for method in methods]
@@ -75,10 +76,12 @@ def run_suite(
     return Results(points, views, sources)
 
 
-def _require_searched_with(suite: Suite, hashes: dict[str, str]) -> None:
-    """The search has the hashes of its reference's recipe; others may name the same data by another route."""
-    searched = {} if suite.searched is None else suite.searched.hashes
-    if any(searched.get(name, found) != found for name, found in hashes.items()):
+def _require_searched_with(suite: Suite, hashes: dict[str, dict[str, str]]) -> None:
+    """The search has the hashes of its reference's recipe, of files by the names that they had where it was made."""
+    if suite.searched is None:
+        return
+    found = hashes.get(suite.reference) or assemble(suite.recipes[suite.reference], device=pick_device()).hashes
+    if sorted(suite.searched.hashes.values()) != sorted(found.values()):
         raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
 
 
@@ -120,7 +123,7 @@ def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[st
     if suite.compute is not None:
         calls = assembly.method.expected_calls()
         per_update = recipe.train.batch_size * calls.forward_equivalents if trained else 0.0
-        views["compute"] = updates_within(suite.compute - calls.once, per_update, method)
+        views["compute"] = updates_within(suite.compute, per_update, method, once=calls.once)
     return views
 
 
@@ -140,14 +143,17 @@ def _point(
     files = {name: kept.with_name(f"{kept.name}-{name}-{_key(suite, method, name)}.json") for name in names}
     missing = [name for name, file in files.items() if not file.exists()]
     if missing:
-        if not kept.exists():
-            report(f"{method}, seed {seed}: to update {updates}")
-            keep_averaged(_trained_to(recipe, folder), kept)
-        assembly, state = load_run(folder, device=pick_device(), purpose="scored", checkpoint=kept)
+        try:
+            if not kept.exists():
+                report(f"{method}, seed {seed}: to update {updates}")
+                keep_averaged(_trained_to(recipe, folder), kept)
+            assembly, state = load_run(folder, device=pick_device(), purpose="scored", checkpoint=kept)
+        except (CheckpointFailure, NonFiniteLoss) as error:
+            raise ComparisonError(f"{method}, seed {seed}, in {folder.path}: {error}") from error
         assembly = replace(assembly, recipe=recipe)  # the recorded one may be further on, or of another folder
         spent = {
             "updates": updates,
-            "compute": state.calls["rollout"] + state.calls["field"] + 3 * state.calls["train"],
+            "compute": NetworkCalls(**state.calls).forward_equivalents,
             "seconds": round(state.seconds, 1),
             "hashes": assembly.hashes,
         }

@@ -108,7 +108,7 @@ def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
         content = SearchFile.model_validate_json(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValidationError) as error:
         raise SearchMismatch(f"{path} is not a search file: {error}") from error
-    again = f"search again (danceopd search {path.with_name(path.name.replace('.search.json', '.yaml'))})"
+    again = "search again (danceopd search SUITE)"
     if content.fits != fits or content.methods.keys() != methods:
         raise SearchMismatch(f"{path} was made for another recipe, methods or grid than the suite's; {again}")
     for name, method in content.methods.items():

@@ -179,18 +179,19 @@ def search_fingerprint(content: SuiteFile) -> str:
     return digest(found)
 
 
-def updates_within(compute: float, calls_per_update: float, method: str) -> int:
-    """Updates that a budget of forward-equivalents pays for.
+def updates_within(compute: float, calls_per_update: float, method: str, *, once: float = 0.0) -> int:
+    """Updates that a budget of forward-equivalents pays for, ``once`` of it being spent before the first.
 
     Raises:
         SuiteError: if it does not pay for one.
     """
     if calls_per_update == 0:
         return 0
-    updates = math.floor(compute / calls_per_update)
+    updates = math.floor((compute - once) / calls_per_update)
     if updates < 1:
+        before = f" and {once:.0f} before the first" if once else ""
         raise SuiteError(
-            f"method {method!r} needs {calls_per_update:.0f} forward-equivalents an update; "
+            f"method {method!r} needs {calls_per_update:.0f} forward-equivalents an update{before}; "
             f"the budget of {compute:.0f} does not pay for one"
         )
     return updates
@@ -205,7 +206,8 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
     """
     where = f"{path}, method {method!r}"
     merged: dict[str, Any] = deepcopy(content.recipe) | {"output": UNSET}
-    kind = str(content.methods[method].get("method", merged.get("method", "danceopd")))
+    changes = deepcopy(content.methods[method] | settings)
+    kind = str(changes.get("method", merged.get("method", "danceopd")))
     if kind in METHODS:
         for part in set(chain(*METHODS.values())).difference(METHODS[kind]):
             merged.pop(part, None)
@@ -213,7 +215,7 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
         if isinstance(merged.get(part), dict):
             merged[part] = {key: value for key, value in merged[part].items() if key not in idle}
     try:
-        for key, value in deepcopy(content.methods[method] | settings).items():  # a later key may lead into it
+        for key, value in changes.items():  # a later key may lead into it
             override(merged, key, value)
     except RecipeError as error:
         raise SuiteError(f"{where}: {error}") from error

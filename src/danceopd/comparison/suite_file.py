@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from danceopd.comparison.results import GROUPS
 from danceopd.recipe import MAX_SEED
 from danceopd.recipe.wording import NAME, nearest
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class SuitePart(BaseModel):
@@ -23,7 +25,9 @@ class SuitePart(BaseModel):
 class GuidancePart(SuitePart):
     """Measure the students' effective guidance, and their scores under external guidance."""
 
-    scales: tuple[float, ...] = Field(min_length=1, strict=False, description="External guidance scales beta; 1 first.")
+    scales: tuple[Finite, ...] = Field(
+        min_length=1, strict=False, description="External guidance scales beta; 1 first."
+    )
     prompts_per_task: int = Field(default=16, ge=2, description="Prompts per task of the regression, drawn apart.")
 
     @model_validator(mode="after")
@@ -83,8 +87,8 @@ class ClaimPart(SuitePart):
     text: str | None = Field(default=None, description="The claim in words.")
     measure: Literal["scores", "guidance", "realism"] | None = Field(default=None, description="Whose value.")
     at: str | None = Field(default=None, description="Where in the measure's JSON: names joined by '/'.")
-    at_least: float | None = Field(default=None, description="The value that it should reach.")
-    between: tuple[float, float] | None = Field(
+    at_least: Finite | None = Field(default=None, description="The value that it should reach.")
+    between: tuple[Finite, Finite] | None = Field(
         default=None, strict=False, description="The values that it should lie between."
     )
     paper: str | None = Field(default=None, description="What the paper reports.")
@@ -121,7 +125,7 @@ class SuiteFile(SuitePart):
     title: str = Field(description="A line for the report.")
     recipe: dict[str, Any] = Field(description="The recipe that all methods share; output is the suite's own.")
     updates: int = Field(ge=1, description="Optimiser updates at which methods are compared.")
-    compute: float | None = Field(
+    compute: Finite | None = Field(
         default=None, gt=0, description="Forward-equivalents of a run at which they are compared too."
     )
     points: tuple[int, ...] = Field(default=(), strict=False, description="Further updates to score, for the curve.")

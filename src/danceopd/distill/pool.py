@@ -94,7 +94,7 @@ class Pool:
         Raises:
             ValueError, KeyError: if that is not the state of a pool.
         """
-        self.trained, self.updates, self.groups = tensors["trained"], int(tensors["updates"]), []
+        self.trained, self.updates, self.groups = tensors["trained"].clone(), int(tensors["updates"]), []
         for index in range(len({name.partition(".")[0] for name in tensors if "." in name})):
             route, z, step, age, seed = (tensors[f"{index}.{name}"] for name in ("route", "z", "step", "age", "seed"))
             told, taught = (

@@ -108,21 +108,24 @@ class StratifiedQuery:
         _check_options(self.over, self.per_rollout)
 
     def draw(self, batch: int, grid: Grid, generator: torch.Generator) -> Query:
-        parts = torch.arange(self.per_rollout, dtype=torch.float64)
-        u = (parts + _uniform(batch, self.per_rollout, generator)) / self.per_rollout
+        inside = _uniform(batch, self.per_rollout, generator)
         if self.over == "sigma":
+            u = (torch.arange(self.per_rollout, dtype=torch.float64) + inside) / self.per_rollout
             low, high = _sigma_edges(grid)[[0, -1]]
             return _at_sigma(1 - (low + (high - low) * u), grid)
-        _check_distinct(self.per_rollout, grid)
-        if grid.steps % self.per_rollout:
-            # Parts that do not end on steps: split the steps as evenly as whole numbers allow, so that none repeats.
-            edges = torch.linspace(0, grid.steps, self.per_rollout + 1, dtype=torch.float64).round()
-            inside = u * self.per_rollout - parts
-            return _at_step((edges[:-1] + inside * edges.diff()).long(), grid)
-        return _at_step((u * grid.steps).long().clamp_max(grid.steps - 1), grid)
+        edges = self._edges(grid)
+        return _at_step((edges[:-1] + inside * edges.diff()).long().minimum(edges[1:] - 1), grid)
 
     def step_probabilities(self, grid: Grid) -> Tensor:
-        return BetaQuery(1.0, 1.0, self.over).step_probabilities(grid)
+        if self.over == "sigma":
+            return BetaQuery(1.0, 1.0, "sigma").step_probabilities(grid)
+        steps = self._edges(grid).diff()
+        return (1 / (self.per_rollout * steps.double())).repeat_interleave(steps)
+
+    def _edges(self, grid: Grid) -> Tensor:
+        """The parts' first steps, and N: int64 [K + 1], the parts as even as whole numbers allow."""
+        _check_distinct(self.per_rollout, grid)
+        return torch.linspace(0, grid.steps, self.per_rollout + 1, dtype=torch.float64).round().long()
 
     def expected_depth(self, grid: Grid) -> float:
         return _mean_depth(self, grid)

@@ -174,8 +174,17 @@ class StreamingDanceOPD(VelocityMatching):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.trajectories.load_state(tensors, self.device, self.grid)
-        if len(self.trajectories) not in (0, self.pool):
-            raise ValueError(f"found {len(self.trajectories)} trajectories, needed {self.pool}")
+        if not len(self.trajectories):
+            return
+        groups = self.trajectories.groups
+        routes, steps = (torch.cat(parts) for parts in ([g.batch.route for g in groups], [g.step for g in groups]))
+        members, found = self.plan.members.tolist(), routes.bincount(minlength=len(self.routes)).tolist()
+        if found != members:
+            raise ValueError(f"found {found} trajectories of the routes, needed {members}")
+        if len(self.trajectories.trained) != len(self.plan.band) or int(steps.max()) >= self.plan.length:
+            raise ValueError(
+                f"the trajectories are of another grid or band than this one's {len(self.plan.band)} steps"
+            )
 
     def diagnostics(self, student: nn.Module) -> dict[str, float | int]:
         """Mean age; how often each step was trained, and how far that is from the band; staleness where it is due.

@@ -275,4 +275,6 @@ def check_hashes(recorded: Mapping[str, str | None], now: Mapping[str, str], pur
     changed = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
     if changed:
         details = "; ".join(f"{n}: {json.dumps(recorded.get(n))} then, {json.dumps(now.get(n))} now" for n in changed)
-        raise CheckpointFailure(f"sources changed since this run began, so it cannot be {purpose}: {details}")
+        raise CheckpointFailure(
+            f"sources changed since this run began, so it cannot be {purpose}: {details}; put them back, or train anew"
+        )

@@ -23,9 +23,9 @@ from danceopd.comparison.tables import Plot, Table, number, score, signed
 from danceopd.evaluation.guidance import GuidanceSums, student_guidance, unexplained
 from danceopd.evaluation.shapes import scene_noise, score_model
 from danceopd.report.page import COLORS, figure_url
-from danceopd.runs import model_velocities
 from danceopd.training.assemble import Assembly, autocast
 from danceopd.training.hardware import pick_device
+from danceopd.training.models import model_velocities
 from danceopd.world.generator import evaluation_set
 from danceopd.world.tasks import T2I_TASKS, TextToImage
 

@@ -16,9 +16,9 @@ from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import WORDS, Plot, Table, number, score, signed
 from danceopd.evaluation.shapes import CAPABILITIES, score_model
 from danceopd.report.page import COLORS, figure_url
-from danceopd.runs import model_velocities
 from danceopd.training.assemble import LoadedModels, autocast
 from danceopd.training.hardware import pick_device
+from danceopd.training.models import model_velocities
 
 
 def settings(suite: Suite) -> list[str]:

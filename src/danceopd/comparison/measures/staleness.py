@@ -43,7 +43,7 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
 
 
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
-    """Each method's score at equal updates, with the staleness that its runs saw; 0 for fresh rollouts."""
+    """Each method's score at equal updates, with the staleness that its runs saw where they streamed."""
     methods: dict[str, Any] = {}
     for method, views in results.views.items():
         points = results.points[method][views["updates"]]
