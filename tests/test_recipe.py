@@ -57,6 +57,9 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ("train.learning_rate=true", r"train.learning_rate: .*found True"),
         ("fields.t2i.lora_scale=2.0", "'lora_scale' needs a 'lora'"),
         ("fields.t2i.negative_prompt=x", "'negative_prompt' needs a 'guidance_scale'"),
+        ("fields.source={base: true}", "fields.source: this name is taken"),
+        ("fields.mixed={mixture: []}", "fields.mixed.mixture: .*at least 1"),
+        ("student.lora.targets=[]", "student.lora.targets: .*at least 1"),
         ("fields.soft={mixture: [t2i, edit], guidance_scale: 3.0}", "takes no 'guidance_scale'"),
         ("student={init: base, init_mode: merged}", "init_mode 'merged' needs"),
         ("routing={per: step, stratified: true}", "needs per: sample"),
@@ -116,6 +119,9 @@ def test_a_missing_key_and_a_missing_or_broken_file_are_named(content, tmp_path)
     (tmp_path / "twice.yaml").write_text("train: {steps: 1, steps: 2}")
     with pytest.raises(RecipeError, match="key 'steps' stands twice"):
         load_recipe(tmp_path / "twice.yaml")
+    (tmp_path / "listed.yaml").write_text("{[a]: 1}")
+    with pytest.raises(RecipeError, match="a key is one word or number"):
+        load_recipe(tmp_path / "listed.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(tmp_path / "binary.yaml")
@@ -168,6 +174,20 @@ def test_manifests_and_folders_of_images_are_relative_to_the_recipe(tmp_path, co
     first, second = load_recipe(tmp_path / "r.yaml").routes
     assert first.data.manifest == str(tmp_path / "prompts.jsonl")
     assert second.data.images == str(tmp_path / "photos")
+
+
+def test_a_link_keeps_its_name_and_its_neighbours(tmp_path, content):
+    """As in the hub's cache, whose files are links to blobs that are called by their digests."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "3f2a").write_text('{"prompt": "a"}\n')
+    for name in ("m.jsonl", "lora.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "blobs" / "3f2a")
+    content["routes"][0]["data"] = {"manifest": "m.jsonl"}
+    content["fields"]["edit"] = {"lora": "lora.safetensors"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.routes[0].data.manifest == str(tmp_path / "m.jsonl")
+    assert recipe.fields["edit"].lora == str(tmp_path / "lora.safetensors")
 
 
 def test_a_cache_is_relative_to_the_recipe_too(tmp_path, content):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def sample_images(
     out: Path,
     size: tuple[int, int] | None = None,
 ) -> list[Path]:
-    """Draw one PNG per prompt with the student or a named field.
+    """Draw one PNG per prompt with the student or a named field: ``FIELD-SEED-NUMBER.png``, after those in ``out``.
 
     guidance_scale, num_inference_steps: of the sampler; by default those of the recipe's ``evaluate``.
     size: height and width; by default the image's, or else the family's.
@@ -44,7 +45,7 @@ def sample_images(
     Raises:
         RecipeError: for a field the run does not have, a prompt, image or size that the family cannot take, or steps
             that the student was not taught.
-        ManifestError: for an image file that cannot be read.
+        ImageError: for an image file that cannot be read.
     """
     device = pick_device()
     folder.read_recipe()  # before the lock, which would make a folder of a mistyped path
@@ -70,7 +71,9 @@ def sample_images(
     except ValueError as error:
         raise RecipeError(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{field}-{seed}-{index}.png" for index in range(len(images))]
+    names = [re.fullmatch(rf"{field}-{seed}-(\d+)\.png", path.name) for path in out.iterdir()]
+    first = 1 + max((int(name[1]) for name in names if name is not None), default=-1)
+    paths = [out / f"{field}-{seed}-{first + index}.png" for index in range(len(images))]
     for path, picture in zip(paths, images, strict=True):
         write_image_file(path, picture)
     return paths

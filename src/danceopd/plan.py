@@ -131,8 +131,9 @@ def _networks(assembly: Assembly) -> list[nn.Module]:
 def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
     """Validate everything before training: load all files, and take small batches of each route through the method.
 
-    The batches run rollout, fields and loss as training does, without a gradient step; nothing is written. The pool of
-    streaming rollouts is filled for that, whose size it also measures: about P (T - 1) / 2 network calls.
+    The batches run rollout, fields and loss as training does, without a gradient step; nothing is written but the cache
+    of encodings. The pool of streaming rollouts is filled for that, whose size it also measures: about P (T - 1) / 2
+    network calls.
 
     asked: see ``plan``.
 

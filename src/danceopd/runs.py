@@ -51,10 +51,8 @@ def train(recipe: Recipe, *, resume: bool = False, processes: Processes = ALONE)
         trainer = Trainer(assembly, folder, on_samples=sample_grid_writer(folder), processes=processes)
         trainer.resume()
         if trainer.step > begun.train.steps:
-            raise RecipeError(
-                f"train.steps: {folder.path} is already at update {trainer.step}, found {begun.train.steps}; a run "
-                "goes on, never back"
-            )
+            message = f"train.steps: {folder.path} is already at update {trainer.step}, found {begun.train.steps}"
+            raise processes.alike(RecipeError(f"{message}; a run goes on, never back"))
         processes.on_main(lambda: folder.write_recipe(begun))
         trainer.run()
     return folder
@@ -112,7 +110,7 @@ def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:
 
 
 def evaluate(folder: RunFolder, part: EvaluatePart | None = None) -> dict[str, Any]:
-    """Score base, every LoRA or checkpoint field and the student; write ``evaluation.json``.
+    """Score the base, every field that differs from it and the student; write ``evaluation.json``.
 
     Raises:
         RecipeError: if the family has no scorer.

@@ -36,6 +36,13 @@ def test_images_that_are_too_large_or_not_of_8_bits_are_refused(tmp_path, monkey
         check_image(tmp_path / "deep.png", "deep")
 
 
+def test_only_the_formats_that_are_promised_are_opened_whatever_a_file_is_called(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.gif")
+    (tmp_path / "x.gif").rename(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"image cannot be read: .*x\.png"):
+        read_image_file(tmp_path / "x.png")
+
+
 def test_a_photograph_lies_as_its_camera_was_held(tmp_path):
     picture = Image.new("RGB", (4, 2), (255, 255, 255))
     picture.putpixel((0, 0), (0, 0, 0))

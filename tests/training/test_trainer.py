@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from danceopd import exports
 from danceopd.cli import USER_ERRORS
+from danceopd.data.examples import Example
 from danceopd.data.images import read_image_file, write_image_file
 from danceopd.data.rows import ManifestError
 from danceopd.evaluation.pictures import draw, side_by_side
@@ -21,6 +22,7 @@ from danceopd.fields.teachers import read_safetensors, save_lora
 from danceopd.pictures import sample_images
 from danceopd.plan import check
 from danceopd.recipe import RecipeError, evaluate_part
+from danceopd.report.page import write_report
 from danceopd.runs import evaluate, model_velocities, quickstart, train
 from danceopd.training import checkpoint as checkpoint_module
 from danceopd.training import trainer as trainer_module
@@ -40,15 +42,16 @@ CPU = torch.device("cpu")
 
 def test_only_the_student_changes_and_the_last_checkpoints_are_kept(tiny):
     recipe = tiny()
-    before = {k: v.clone() for k, v in assemble(recipe, device=CPU).family.network.state_dict().items()}
-    folder = train(recipe)
-    assert [path.name for path in checkpoints(folder.checkpoints)] == ["step-000004", "step-000006"]
-    assembly, state = load_run(folder, device=CPU)
+    folder = RunFolder(tiny_path(recipe))
+    folder.path.mkdir(parents=True)
+    assembly = assemble(recipe, device=CPU)
+    before = {key: value.clone() for key, value in assembly.family.network.state_dict().items()}
+    Trainer(assembly, folder).run()
     after = assembly.family.network.state_dict()
-    changed = {key for key in after if key in before and not torch.equal(after[key], before[key])}
+    changed = {key for key in before if not torch.equal(after[key], before[key])}
     assert changed
     assert all(".student." in key for key in changed)
-    assert state.step == 6
+    assert [path.name for path in checkpoints(folder.checkpoints)] == ["step-000004", "step-000006"]
     lines = folder.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {"loss/t2i", "loss/edit", "samples/t2i", "calls/rollout", "gradient_norm"} <= lines[-1].keys()
@@ -102,7 +105,7 @@ def test_a_non_finite_loss_stops_names_the_route_and_saves_nothing_broken(tiny):
     original = edit.velocity
     edit.velocity = lambda z, sigma, condition: original(z, sigma, condition) * (math.nan if trainer.step >= 3 else 1.0)
     with pytest.raises(
-        NonFiniteLoss, match=r"update 4: non-finite loss on route edit \(nan\).*nothing saved after update 3"
+        NonFiniteLoss, match=r"update 4: non-finite loss on route edit \(nan\).*the newest checkpoint is step-000002\."
     ):
         trainer.run()
     (last,) = checkpoints(folder.checkpoints)
@@ -249,6 +252,41 @@ def test_data_states_over_a_manifest_without_targets_are_refused_before_training
         assemble(recipe, device=CPU)
 
 
+def test_scores_of_an_earlier_update_make_no_report(tiny):
+    folder = train(tiny("train.steps=2"))
+    evaluate(folder)
+    write_report(folder)
+    train(tiny("train.steps=4"), resume=True)
+    with pytest.raises(CheckpointFailure, match=r"is of update 2, the run at step-000004; run: danceopd evaluate"):
+        write_report(folder)
+
+
+def test_a_run_that_was_moved_keeps_its_cache_beside_it(tiny, tmp_path):
+    moved = train(tiny("train.steps=1")).path.rename(tmp_path / "moved")
+    assert RunFolder(moved).read_recipe().output == str(moved)
+
+
+def test_a_negative_prompt_that_generated_data_cannot_have_is_refused_before_training(tiny):
+    unknown = tiny("fields.t2i={base: true, guidance_scale: 2.0, negative_prompt: ugly}")
+    with pytest.raises(RecipeError, match=r"routes\.\d: .*ugly"):
+        assemble(unknown, device=CPU)
+
+
+def test_pictures_are_drawn_a_batch_at_a_time_from_the_same_noise(tiny):
+    assembly = assemble(tiny(), device=CPU)
+    examples = [Example(prompt=prompt) for prompt in ("a red circle", "a square", "two blue circles")]
+    seen, velocity = [], assembly.base.velocity
+
+    def counted(z, sigma, condition):
+        seen.append(len(z))
+        return velocity(z, sigma, condition)
+
+    parts = [evaluate_part({"num_inference_steps": 2, "batch_size": size}) for size in (2, 60)]
+    some, at_once = (draw(counted, assembly.family, examples, part) for part in parts)
+    assert seen == [2, 2, 1, 1, 3, 3]
+    torch.testing.assert_close(some, at_once, rtol=0, atol=1e-4)
+
+
 def test_gradient_cosines_are_logged_on_request(tiny):
     folder = train(tiny("train.steps=2", "train.gradient_cosine_steps=2"))
     first, second = folder.metrics()
@@ -334,15 +372,21 @@ def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
     options = {"field": "student", "guidance_scale": 2.0, "num_inference_steps": 2, "seed": 0, "out": tmp_path / "out"}
     paths = sample_images(folder, prompts=["a red circle", "a square"], image=None, **options)
     assert [path.exists() for path in paths] == [True, True]
+    assert [path.name for path in paths] == ["student-0-0.png", "student-0-1.png"]
     two = paths[0].read_bytes()
-    sample_images(folder, prompts=["a red circle", "a square"], image=None, **{**options, "num_inference_steps": None})
-    assert paths[0].read_bytes() == two  # as the recipe evaluates: in 2
-    sample_images(folder, prompts=["a red circle", "a square"], image=None, **{**options, "num_inference_steps": 3})
-    assert paths[0].read_bytes() != two
+
+    def again(**changes):
+        return sample_images(folder, prompts=["a red circle", "a square"], image=None, **options | changes)
+
+    assert again(num_inference_steps=None)[0].read_bytes() == two  # as the recipe evaluates: in 2
+    later = again(num_inference_steps=3)
+    assert [path.name for path in later] == ["student-0-4.png", "student-0-5.png"]  # nothing is replaced
+    assert later[0].read_bytes() != paths[0].read_bytes() == two
+    assert again(guidance_scale=None)[0].read_bytes() == again(guidance_scale=1.0)[0].read_bytes() != two
     edited = sample_images(folder, prompts=["remove the red circle"], image=paths[0], **{**options, "field": "edit"})
     assert edited[0].name == "edit-0-0.png"
     write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
-    with pytest.raises(RecipeError, match=r"\(3, 64, 64\), needed"):
+    with pytest.raises(RecipeError, match="images of 32 x 32, found 64 x 64"):
         sample_images(folder, prompts=["remove the circle"], image=tmp_path / "large.png", **options)
 
 

@@ -1,6 +1,7 @@
 """Verifiers against the truth: clean, degraded, and one attribute wrong."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -94,6 +95,8 @@ def test_text_to_image_scores_the_truth_and_refuses_a_picture_of_another_prompt(
     assert np.mean([score_text_to_image(render(example.scene), example) for example in examples]) == 1.0
     empty = Scene((), "white", "flat")
     assert not any(score_text_to_image(render(empty), example) for example in examples)
+    pairs = [(example, other) for example, other in pairwise(examples) if example.prompt != other.prompt]
+    assert np.mean([score_text_to_image(render(other.scene), example) for example, other in pairs]) < 0.1
 
 
 def test_what_each_task_requires_is_enforced():

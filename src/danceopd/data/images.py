@@ -16,6 +16,9 @@ from torch import Tensor
 PIXEL_LIMIT = 2**26
 """The largest image that is read, 67 megapixels (8192 x 8192): a larger one is a mistake, or an attack on memory."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+"""What is read, whatever a file is called; others need decoders that were not meant for strangers' files."""
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """What counts as an image in a folder of images."""
 
@@ -90,7 +93,7 @@ def _open(place: Path | bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
+            with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place, formats=FORMATS) as image:
                 if image.width * image.height > PIXEL_LIMIT:
                     raise ImageError(
                         f"image has {image.width} x {image.height} pixels, at most {PIXEL_LIMIT:,} are read: {name}"

@@ -47,20 +47,26 @@ def draw(
 ) -> Tensor:
     """Images of prompts, or of edits with sources of one size, from noise of ``part.seed``: [B, 3, H, W] in [-1, 1].
 
+    ``part.batch_size`` of them are drawn at once.
+
     size: height and width; by default the sources', or else the family's.
     encoder: of a field that is told something else than the student; the family by default.
 
     Raises:
         ValueError: if the family cannot take a prompt, a source or the size.
     """
-    sources = [example.source for example in examples if example.source is not None]
-    condition = (encoder or family).encode([example.prompt for example in examples], sources or None)
-    own = (sources[0].shape[1], sources[0].shape[2]) if sources else family.size
-    shape = family.latent_shape(*(size or own))
+    source = examples[0].source
+    shape = family.latent_shape(*(size or (family.size if source is None else (source.shape[1], source.shape[2]))))
     noise = torch.randn(len(examples), *shape, generator=torch.Generator().manual_seed(part.seed))
     grid = family.grid(part.num_inference_steps, part.shift, shape)
-    z = noise.to(condition.prompt_embeds.device)
-    return family.decode(integrate(guided(velocity, family, part.guidance_scale), z, condition, grid)).cpu()
+    velocity, images = guided(velocity, family, part.guidance_scale), []
+    for rows in torch.arange(len(examples)).split(part.batch_size):
+        batch = [examples[row] for row in rows]
+        sources = [example.source for example in batch if example.source is not None]
+        condition = (encoder or family).encode([example.prompt for example in batch], sources or None)
+        z = noise[rows].to(condition.prompt_embeds.device)
+        images.append(family.decode(integrate(velocity, z, condition, grid)).cpu())
+    return torch.cat(images)
 
 
 def side_by_side(rows: Sequence[Sequence[Tensor]]) -> Tensor:

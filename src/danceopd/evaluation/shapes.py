@@ -131,7 +131,7 @@ def evaluate_models(
         "seed": part.seed,
         "seconds": {},
     }
-    shown: list[dict[str, Any]] = []
+    drawn: dict[str, dict[str, Scored]] = {}
     for capability in capabilities:
         tasks = CAPABILITIES[capability]
         scored = {}
@@ -158,10 +158,12 @@ def evaluate_models(
             if name != "base" and "base" in models:
                 ratio = ratio_estimate(scored[name].scores, scored["base"].scores, rng)
                 report["over_base"].setdefault(name, {})[capability] = _rounded(ratio)
-        if pictures is not None:
-            shown += _write_pictures(pictures, capability, scored, part)
+        drawn[capability] = scored
     report["seconds"]["evaluation"] = round(time.monotonic() - started, 2)
-    report["shown"] = shown
+    report["shown"] = []
+    if pictures is not None:  # at the end, so that a stopped evaluation leaves the earlier one's
+        for capability, scored in drawn.items():
+            report["shown"] += _write_pictures(pictures, capability, scored, part)
     return report
 
 

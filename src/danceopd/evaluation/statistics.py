@@ -27,7 +27,10 @@ def task_estimate(scores: np.ndarray) -> Estimate:
 
 
 def overall_estimate(scores: np.ndarray, rng: np.random.Generator) -> Estimate:
-    """Mean of task means of scores [tasks, n]; scenes are resampled within each task (percentile bootstrap)."""
+    """Mean of task means of scores [tasks, n]; scenes are resampled within each task (percentile bootstrap).
+
+    Of few scenes, and near 0 and 1, the interval is too narrow: it has no width where all scores are equal.
+    """
     means = _resampled_means(scores, _draws(scores.shape, rng))
     return Estimate(float(scores.mean()), *_percentiles(means))
 

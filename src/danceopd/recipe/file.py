@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,17 +43,17 @@ def with_absolute_files(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with its manifests, weight files and cache, relative to ``folder``, written so that a copy finds them
     too."""
 
+    def absolute(file: str) -> str:
+        return os.path.abspath(folder / file)  # links stay: what a link is called says what it is, and its neighbours
+
     def weights(reference: str | None) -> str | None:
         if reference is None:
             return None
         meant = reference.endswith(".safetensors") and parse_hub_reference(reference) is None
-        return str((folder / reference).resolve()) if meant or (folder / reference).exists() else reference
-
-    def absolute(file: str | None) -> str | None:
-        return None if file is None else str((folder / file).resolve())
+        return absolute(reference) if meant or (folder / reference).exists() else reference
 
     def route(part: RoutePart) -> RoutePart:
-        files = {"manifest": absolute(part.data.manifest), "images": absolute(part.data.images)}
+        files = {key: absolute(file) for key in ("manifest", "images") if (file := getattr(part.data, key)) is not None}
         return part.model_copy(update={"data": part.data.model_copy(update=files)})
 
     fields = {
@@ -109,6 +110,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is one word or number", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
         seen.add(key.value)

@@ -22,8 +22,8 @@ from danceopd.recipe.teaching import (
 from danceopd.recipe.training import EvaluatePart, TrainPart
 from danceopd.recipe.wording import NAME, nearest
 
-RESERVED_NAMES = ("student", "student_start")
-"""Names that fields may not have: the student's own, in scores and on the shared backbone."""
+RESERVED_NAMES = ("student", "student_start", "source")
+"""Names that fields may not have: the student's own, in scores and on the shared backbone, and an edit's picture's."""
 
 
 IDLE: dict[str, dict[str, tuple[str, ...]]] = {

@@ -30,7 +30,7 @@ class FieldPart(Part):
         description="cpu: a checkpoint's or own base's network waits in main memory and is moved in for its turn.",
     )
     mixture: tuple[str, ...] | None = Field(
-        default=None, strict=False, description="Soft mixing (ablation): fields to average."
+        default=None, min_length=1, strict=False, description="Soft mixing (ablation): fields to average."
     )
     guidance_scale: float = number(default=1.0, ge=0, description="Classifier-free guidance alpha; 1 is none.")
     negative_prompt: str = Field(default="", description="The prompt of the guidance's empty condition.")
@@ -87,7 +87,7 @@ class LoraPart(Part):
     rank: int = Field(default=32, ge=1, description="LoRA rank.")
     alpha: float = number(default=32.0, gt=0, description="LoRA alpha; the delta is scaled by alpha / rank.")
     targets: tuple[str, ...] | None = Field(
-        default=None, strict=False, description="Module names; the family's by default."
+        default=None, min_length=1, strict=False, description="Module names; the family's by default."
     )
 
 

@@ -98,6 +98,10 @@ def route_examples(
         except ValueError as error:
             raise RecipeError(f"routes.{index}.data.generator: {error}") from error
         _require_task(index, part, edits=generated[0].source is not None, found=part.data.generator)
+        try:
+            family.empty(family.samples([generated[0]]).condition, negative_prompt)
+        except ValueError as error:
+            raise RecipeError(f"routes.{index}: {error}") from error
         return generated
     size = part.resolution or family.size
     try:

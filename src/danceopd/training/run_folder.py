@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from danceopd.files import write_text
 from danceopd.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints
+from danceopd.training.checkpoint import CheckpointFailure, checkpoints, latest_checkpoint, load_checkpoint_state
 
 
 class RunFolderBusy(RuntimeError):
@@ -62,20 +62,20 @@ class RunFolder:
         write_text(self.recipe_file, dump_recipe(recipe))
 
     def read_recipe(self) -> Recipe:
-        """The resolved recipe of this run.
+        """The resolved recipe of this run; its ``output`` is the folder where it is now.
 
         Raises:
             RecipeError: if this is not a run folder.
         """
         if not self.recipe_file.exists():
             raise RecipeError(f"{self.path} is not a run folder: it has no recipe.yaml")
-        return load_recipe(self.recipe_file)
+        return load_recipe(self.recipe_file).model_copy(update={"output": str(self.path)})
 
     def evaluation(self) -> dict[str, Any]:
         """The content of ``evaluation.json``.
 
         Raises:
-            CheckpointFailure: if the run was not evaluated, or the file is damaged.
+            CheckpointFailure: if the run was not evaluated, or was trained on since, or the file is damaged.
         """
         again = f"run: danceopd evaluate {self.path}"
         if not self.evaluation_file.exists():
@@ -84,9 +84,15 @@ class RunFolder:
             found = json.loads(self.evaluation_file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointFailure(f"{self.evaluation_file} cannot be read: {error}; {again}") from error
-        missing = {"models", "intervals", "student_over", "shown"} - set(found if isinstance(found, dict) else ())
+        needed = {"models", "intervals", "student_over", "shown", "trained_steps"}
+        missing = needed - set(found if isinstance(found, dict) else ())
         if missing:
             raise CheckpointFailure(f"{self.evaluation_file} is no evaluation: it lacks {min(missing)!r}; {again}")
+        newest = latest_checkpoint(self.checkpoints)
+        if newest is not None and load_checkpoint_state(newest).step != found["trained_steps"]:
+            raise CheckpointFailure(
+                f"{self.evaluation_file} is of update {found['trained_steps']}, the run at {newest.name}; {again}"
+            )
         return found
 
     def metrics(self) -> list[dict[str, Any]]:

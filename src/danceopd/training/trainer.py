@@ -298,9 +298,10 @@ class Trainer:
         }
         if broken:
             listed = ", ".join(f"{name} ({value})" for name, value in broken.items())
+            saved = latest_checkpoint(self.folder.checkpoints)
             message = (
-                f"update {self.step + 1}: non-finite loss on route {listed}; stopped, nothing saved after update "
-                f"{self.step}. A lower learning_rate or precision fp32 is the usual remedy"
+                f"update {self.step + 1}: non-finite loss on route {listed}; stopped, the newest checkpoint is "
+                f"{'none' if saved is None else saved.name}. A lower learning_rate or precision fp32 usually helps"
             )
             raise self.processes.alike(NonFiniteLoss(message))
 
