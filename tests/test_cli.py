@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from danceopd.cli import USER_ERRORS, app
 from danceopd.data.images import read_image_file
 from danceopd.families.shapes import WEIGHTS
-from danceopd.fields.teachers import file_hash, load_lora, read_metadata, read_safetensors
+from danceopd.fields.weights import file_hash, load_lora, read_metadata, read_safetensors
 from danceopd.plan import Plan
 from danceopd.printing import print_plan
 from danceopd.recipe import load_recipe

@@ -190,6 +190,14 @@ def test_a_link_keeps_its_name_and_its_neighbours(tmp_path, content):
     assert recipe.fields["edit"].lora == str(tmp_path / "lora.safetensors")
 
 
+def test_what_is_in_the_working_directory_alone_is_no_source(tmp_path, content, monkeypatch):
+    (tmp_path / "work" / "models").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(RecipeError, match=r"'models' is in .*work, but a recipe's paths, in --set too, are relative"):
+        load_recipe(tmp_path / "recipe.yaml", ["base=models"])
+
+
 def test_a_cache_is_relative_to_the_recipe_too(tmp_path, content):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     found = [load_recipe(tmp_path / "r.yaml", [f"data_cache={value}"]) for value in ("kept", "/kept", "false", "null")]

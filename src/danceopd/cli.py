@@ -16,7 +16,7 @@ from danceopd.comparison.suite import SuiteError
 from danceopd.data.images import ImageError
 from danceopd.data.rows import ManifestError
 from danceopd.fields.adapters import AdapterMismatch
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.weights import CheckpointError
 from danceopd.printing import console, print_plan, print_scores, print_stand_ins, print_tiny_run
 from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe, with_evaluate
 from danceopd.training.checkpoint import CheckpointFailure
@@ -203,7 +203,7 @@ def report(run_folder: RunPath) -> None:
 def sample(
     run_folder: RunPath,
     prompt: Annotated[list[str], typer.Option(help="What to draw, or the edit to make. Repeatable.")],
-    image: Annotated[Path | None, typer.Option(help="Source image of an edit.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Source image of an edit, resized as for training.")] = None,
     field: Annotated[str, typer.Option(help="student, base, or a field of the recipe.")] = "student",
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="External guidance, 1 is none; as the run is evaluated by default.")
@@ -212,7 +212,9 @@ def sample(
         int | None, typer.Option(min=1, help="Sampler steps; as the run is evaluated by default.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels; the image's or family's by default.")] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="In pixels; the resized image's or family's by default.")
+    ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; with --height.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
 ) -> None:

@@ -14,7 +14,14 @@ from danceopd.families.card import ModelCard
 from danceopd.families.probes import Probes
 from danceopd.families.registry import is_over_a_pipeline
 from danceopd.fields.hub import parse_hub_reference
-from danceopd.fields.teachers import merge_lora, read_safetensors, save_lora, write_safetensors
+from danceopd.fields.weights import (
+    file_hash,
+    merge_lora,
+    read_safetensors,
+    require_free,
+    save_lora,
+    write_safetensors,
+)
 from danceopd.recipe import RecipeError, dump_recipe, parse_recipe
 from danceopd.training.assemble import LoadedModels, load_models
 from danceopd.training.checkpoint import CheckpointFailure, TrainingState
@@ -58,6 +65,7 @@ def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id:
     if form != "merged" and not is_lora:
         raise RecipeError(f"--format {form}: this student is no LoRA, its whole network was trained; use merged")
     if is_over_a_pipeline(recipe.family):
+        require_free(out)
         with folder.owned():
             run, state = load_run_models(folder, device=pick_device(), purpose="exported")
         return _export_folder(run, out, form, model_card(folder, run, state, base_id))
@@ -93,16 +101,18 @@ def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
     if out.suffix != ".safetensors":
         raise CheckpointFailure(f"exports are written as safetensors; {out} should end in .safetensors")
     family, lora = run.family, run.student.lora()
+    recorded = {"text": file_hash(family.files["text encoder"])}  # a base beside another one is refused
+    out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     unverified = out.with_name(f".unverified-{out.name}")
     try:
         if form == "lora" and lora is not None:
             tensors = lora.weights
-            save_lora(lora, unverified)
+            save_lora(lora, unverified, recorded)
             part = {"exported": {"lora": str(unverified)}}
         else:
             tensors = dict(_merged(run).state_dict())
-            write_safetensors(tensors, unverified)
+            write_safetensors(tensors, unverified, recorded)
             part = {"exported": {"checkpoint": str(unverified)}}
         whole = run.recipe.model_dump(mode="json")
         content = {key: whole[key] for key in ("version", "family", "base", "output")} | {"fields": part}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from danceopd.data.examples import Example
-from danceopd.data.images import read_image_file, write_image_file
+from danceopd.data.images import ImageFile, check_image, write_image_file
 from danceopd.distill.solver import VelocityFunction
 from danceopd.evaluation.pictures import draw, side_by_side
 from danceopd.recipe import EvaluatePart, RecipeError, evaluate_part, with_evaluate
@@ -40,7 +40,7 @@ def sample_images(
     """Draw one PNG per prompt with the student or a named field: ``FIELD-SEED-NUMBER.png``, after those in ``out``.
 
     guidance_scale, num_inference_steps: of the sampler; by default those of the recipe's ``evaluate``.
-    size: height and width; by default the image's, or else the family's.
+    size: height and width; by default those that training would bring the image to, or else the family's.
 
     Raises:
         RecipeError: for a field the run does not have, a prompt, image or size that the family cannot take, or steps
@@ -48,6 +48,7 @@ def sample_images(
         ImageError: for an image file that cannot be read.
     """
     device = pick_device()
+    picture = None if image is None else check_image(image, str(image))
     folder.read_recipe()  # before the lock, which would make a folder of a mistyped path
     with folder.owned():
         run, _ = load_run_models(folder, device=device, purpose="sampled")
@@ -63,7 +64,7 @@ def sample_images(
         part = with_evaluate(run.recipe, asked, where=str(folder.path)).evaluate
     else:
         part = evaluate_part(run.recipe.evaluate.model_dump() | asked)
-    source = None if image is None else read_image_file(image)
+    source = None if picture is None else _brought_to_size(picture, run, size)
     examples = [Example(prompt=prompt, source=source) for prompt in prompts]
     try:
         with autocast(device, run.recipe.train.precision):
@@ -77,6 +78,15 @@ def sample_images(
     for path, picture in zip(paths, images, strict=True):
         write_image_file(path, picture)
     return paths
+
+
+def _brought_to_size(picture: ImageFile, run: LoadedModels, size: tuple[int, int] | None) -> Tensor:
+    """A source as training would see it."""
+    buckets = run.family.buckets(size or run.family.size)
+    try:
+        return picture.read(None if buckets is None else buckets.size_for(picture.height, picture.width))
+    except ValueError as error:
+        raise RecipeError(f"{picture.name}: {error}") from error
 
 
 def sample_grid_writer(folder: RunFolder) -> Callable[[Assembly, int], None]:

@@ -14,7 +14,7 @@ from tiny_pipelines import Case
 from danceopd.data.images import write_image_file
 from danceopd.fields.adapters import AdapterBackbone
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import save_lora
+from danceopd.fields.weights import save_lora
 from danceopd.training.checkpoint import checkpoints
 from danceopd.training.run_folder import RunFolder
 

@@ -1,6 +1,7 @@
 """LoRA files in every layout, against what they were made from and against what diffusers makes of them."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from danceopd.families.lora_files import read_lora
 from danceopd.families.pipeline_folder import weight_file
 from danceopd.fields.adapters import AdapterBackbone, AdapterModel
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import CheckpointError, read_safetensors, save_lora
+from danceopd.fields.weights import CheckpointError, read_safetensors, save_lora
 from danceopd.tiny.pipelines import flux_pipeline, z_image_pipeline
 
 RANK, ALPHA = 4, 6.0
@@ -257,11 +258,17 @@ def test_files_that_contradict_themselves_are_refused(path):
         (tensors, {"r": RANK + 1, "lora_alpha": ALPHA}, "records rank 5 for .* and holds rank 4"),
         (alphas, {"r": RANK, "lora_alpha": 2 * ALPHA}, "records alpha twice for .*: 6 and 12"),
         (tensors, {"r": RANK, "lora_alpha": ALPHA, "use_dora": True}, "not a plain LoRA: found use_dora"),
+        (tensors, {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": "pissa_niter_4"}, "over a base that its start"),
+        (tensors, {"r": RANK, "lora_alpha": 0.0}, "no usable alpha for .*: alpha / rank is 0"),
+        (tensors, {"r": RANK, "lora_alpha": math.inf}, "no usable alpha for .*: alpha / rank is inf"),
         (tensors, {"r": RANK}, "no readable adapter configuration.*lora_alpha"),
     ):
         save_file(held, path, {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})})
         with pytest.raises(CheckpointError, match=message):
             read_lora(path, family.pipeline)
+    save_file(renamed(made(family), module=diffusers_names, alpha=0.0), path)
+    with pytest.raises(CheckpointError, match="no usable alpha"):
+        read_lora(path, family.pipeline)
     save_file(tensors, path, {"alpha": "strong"})
     with pytest.raises(CheckpointError, match="no readable adapter configuration"):
         read_lora(path, family.pipeline)

@@ -10,7 +10,7 @@ from tiny_pipelines import CASES
 
 from danceopd.data.examples import Example
 from danceopd.fields.adapters import AdapterBackbone
-from danceopd.fields.teachers import CheckpointError, load_checkpoint
+from danceopd.fields.weights import CheckpointError, load_checkpoint
 
 
 def velocities(family, model=None):
@@ -101,6 +101,22 @@ def test_every_file_that_a_pipeline_needs_is_missed_by_name(case, folder):
         assert path.parent.name in str(caught.value)
         aside.rename(path)
     case.family(folder)
+
+
+def test_a_pipelines_index_leads_nowhere_else(tmp_path):
+    case, folder = CASES["sd3"], tmp_path / "base"
+    case.pipeline().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"../..": ["diffusers", "AutoencoderKL"]}))
+    with pytest.raises(CheckpointError, match=r"names a part that is no folder beside it: '\.\./\.\.'"):
+        case.family(folder)
+
+
+def test_weights_of_a_variant_alone_are_named(tmp_path):
+    case, folder = CASES["sd3"], tmp_path / "base"
+    case.pipeline().save_pretrained(folder, variant="fp16")
+    with pytest.raises(CheckpointError, match=r"needed is .*; found .*\.fp16\..*, a variant: save it without one"):
+        case.family(folder)
 
 
 def test_damaged_files_and_parts_are_named(tmp_path):

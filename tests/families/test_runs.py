@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from danceopd.cli import app
 from danceopd.data.examples import Example
-from danceopd.data.images import read_image_file
+from danceopd.data.images import read_image_file, write_image_file
 from danceopd.evaluation.pictures import draw
 from danceopd.exports import export
 from danceopd.fields.guidance import GuidedField
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.weights import CheckpointError
 from danceopd.plan import check
 from danceopd.recipe import RecipeError, load_recipe
 from danceopd.runs import evaluate, train
@@ -142,8 +142,13 @@ def test_edits_of_an_exported_student_are_ours(name, tmp_path):
         options["image"] = Image.open(tmp_path / "source.png")
     found = pipeline_images(pipeline, CASES[name], assembly.family, **options)
     torch.testing.assert_close(ours / 2 + 0.5, found, rtol=0, atol=1e-5)
-    run("sample", folder.path, "--prompt", PROMPTS[0], "--image", tmp_path / "source.png", "--out", tmp_path / "drawn")
+    asked = ("sample", folder.path, "--prompt", PROMPTS[0], "--out", tmp_path / "drawn", "--image")
+    run(*asked, tmp_path / "source.png", "--height", "64", "--width", "64")
     assert read_image_file(tmp_path / "drawn" / "student-0-0.png").shape == (3, 64, 64)
+    write_image_file(tmp_path / "odd.png", torch.zeros(3, 171, 133))
+    run(*asked, tmp_path / "odd.png")  # brought to a size that training would bring it to
+    height, width = read_image_file(tmp_path / "drawn" / "student-0-1.png").shape[1:]
+    assert (height, width) == assembly.family.buckets(assembly.family.size).size_for(171, 133)
 
 
 def test_evaluation_without_a_scorer_draws_every_model_instead(tmp_path):

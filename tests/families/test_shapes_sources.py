@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from danceopd.families.shapes import WEIGHTS, ShapesFamily
-from danceopd.fields.teachers import CheckpointError, file_hash, read_safetensors
+from danceopd.fields.weights import CheckpointError, file_hash, read_safetensors
 from danceopd.world.text import TextEncoder
 
 

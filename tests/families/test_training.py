@@ -14,7 +14,7 @@ from danceopd.families.card import ModelCard
 from danceopd.families.export import FILE, export_lora, export_merged, export_peft
 from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import CheckpointError, file_hash, merge_lora
+from danceopd.fields.weights import CheckpointError, file_hash, merge_lora
 
 
 def method_for(family, field, can_edit: bool) -> d.DanceOPD:

@@ -10,7 +10,7 @@ from torch import nn
 import danceopd as d
 from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMismatch, AdapterModel
 from danceopd.fields.lora import Lora, combined
-from danceopd.fields.teachers import merge_lora
+from danceopd.fields.weights import merge_lora
 
 TARGETS = ("fc_in", "fc_out")
 
@@ -66,6 +66,25 @@ def test_a_lora_on_a_module_leaves_its_namesakes_alone():
     backbone = AdapterBackbone(net)
     backbone.add("one", Lora(rank=2, alpha=2.0, weights=weights))
     assert backbone.state("one").keys() == weights.keys()
+
+
+def test_a_students_target_means_linear_layers_alone():
+    net = nn.ModuleDict({"proj": nn.Conv2d(3, 3, 2), "block": nn.ModuleDict({"proj": nn.Linear(3, 3)})})
+    backbone = AdapterBackbone(net)
+    backbone.create("student", rank=2, alpha=2.0, targets=["proj"], generator=torch.Generator())
+    assert backbone.state("student").keys() == {"block.proj.lora_A.weight", "block.proj.lora_B.weight"}
+
+
+def test_adapters_called_as_modules_are_leave_each_others_weights_alone():
+    net = nn.ModuleDict({"attention": nn.ModuleDict({"to_q": nn.Linear(3, 3)}), "out": nn.Linear(3, 3)})
+    backbone = AdapterBackbone(net)
+    backbone.create("student", rank=2, alpha=2.0, targets=["to_q", "out"], generator=torch.Generator())
+    before = backbone.state("student")
+    weights = {"out.lora_A.weight": torch.ones(2, 3), "out.lora_B.weight": torch.ones(3, 2)}
+    backbone.add("attention", Lora(rank=2, alpha=2.0, weights=weights))
+    after = backbone.state("student")
+    assert before.keys() == after.keys() != set()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_no_adapter_is_the_base_bit_for_bit(shared):

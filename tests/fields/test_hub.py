@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from danceopd.fields import hub
 from danceopd.fields.hub import HubReference, Located, locate, parse_hub_reference
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.weights import CheckpointError
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 PIPELINE = [

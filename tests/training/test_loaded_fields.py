@@ -14,7 +14,7 @@ from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.hub import Located
 from danceopd.fields.lora import Lora
 from danceopd.fields.offload import OffloadedField
-from danceopd.fields.teachers import CheckpointError, load_lora, merge_lora, save_lora, source_hash
+from danceopd.fields.weights import CheckpointError, load_lora, merge_lora, save_lora, source_hash
 from danceopd.plan import plan
 from danceopd.recipe import RecipeError
 from danceopd.runs import train
@@ -32,6 +32,12 @@ def bytes_of(parameters):
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
+@pytest.mark.parametrize("name", ["train", "attention", "weight"])
+def test_a_field_may_be_called_as_a_module_or_a_method_of_torchs_is(tiny, tmp_path, name):
+    recipe = tiny("train.steps=1", f"fields.{name}={{lora: 'shapes:global'}}", f"routes.0.field={name}")
+    assert export(train(recipe), tmp_path / "student.safetensors") < 1e-3
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_eight_lora_teachers_and_the_student_hold_one_backbone(tiny, rng, fold):
     """At most 1.05 x (backbone + adapters) between updates; folded teachers add one copy of the adapted weights."""
@@ -39,9 +45,9 @@ def test_eight_lora_teachers_and_the_student_hold_one_backbone(tiny, rng, fold):
     assembly = assemble(tiny(*options, "routes.0.field=t0", "routes.1.field=t7", "student.init=base"), device=CPU)
     backbone, network = assembly.base.model.backbone, assembly.family.network
     backbone.fold = fold
-    names = [f"t{i}" for i in range(8)] + ["edit", "student"]
-    assert backbone.names == ["edit", *names[:8], "student"]
-    adapters = sum(bytes_of(backbone.parameters(name)) for name in names)
+    names = [f"t{i}" for i in range(8)]
+    assert backbone.names == ["field_edit", *(f"field_{name}" for name in names), "student"]
+    adapters = sum(bytes_of(backbone.parameters(name)) for name in backbone.names)
     bare = sum(bytes_of([p]) for key, p in network.named_parameters() if ".lora_" not in key)
     assert bytes_of(network.parameters()) == bare + adapters
 
@@ -53,7 +59,7 @@ def test_eight_lora_teachers_and_the_student_hold_one_backbone(tiny, rng, fold):
     assert needed() <= 1.05 * (bare + adapters)
     z, sigma, condition = torch.zeros(1, 3, 32, 32), torch.ones(1), assembly.family.encode(["a red circle"], None)
     before = needed()
-    for name in names[:8]:
+    for name in names:
         assembly.fields[name].velocity(z, sigma, condition)
     copies = bytes_of({layer.get_base_layer().weight for layer in backbone._layers}) if fold else 0
     assert needed() - before == copies
@@ -85,7 +91,7 @@ def velocity(field, family):
 def test_a_source_that_does_not_fit_is_refused_by_its_field_and_its_file(tiny, checkpoint, tmp_path):
     foreign = {"attn.lora_A.weight": torch.zeros(2, 4), "attn.lora_B.weight": torch.zeros(4, 2)}
     save_lora(Lora(rank=2, alpha=2.0, weights=foreign), tmp_path / "foreign.safetensors")
-    with pytest.raises(AdapterMismatch, match=r"^fields\.other: LoRA 'other' adapts 1 modules that"):
+    with pytest.raises(AdapterMismatch, match=r"^fields\.other: LoRA 'field_other' adapts 1 modules that"):
         assemble(tiny(f"fields.other={{lora: {tmp_path}/foreign.safetensors}}"), device=CPU)
     with pytest.raises(CheckpointError, match=r"^fields\.other: .*full\.safetensors"):
         assemble(tiny(f"fields.other={{lora: {checkpoint}}}"), device=CPU)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from danceopd.baselines.merge import merged_loras
 from danceopd.exports import export
 from danceopd.fields.adapters import AdapterBackbone
-from danceopd.fields.teachers import load_lora
+from danceopd.fields.weights import load_lora
 from danceopd.plan import check
 from danceopd.recipe import METHODS, RecipeError
 from danceopd.runs import evaluate, train

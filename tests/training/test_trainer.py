@@ -18,7 +18,7 @@ from danceopd.evaluation.shapes import score_model
 from danceopd.exports import export
 from danceopd.families.shapes import ShapesFamily
 from danceopd.fields.adapters import AdapterMismatch
-from danceopd.fields.teachers import read_safetensors, save_lora
+from danceopd.fields.weights import read_safetensors, save_lora
 from danceopd.pictures import sample_images
 from danceopd.plan import check
 from danceopd.recipe import RecipeError, evaluate_part
@@ -223,6 +223,7 @@ def test_a_finished_run_is_used_without_its_training_data(tiny, tmp_path):
     options = {"guidance_scale": 1.0, "num_inference_steps": 1, "seed": 0, "out": tmp_path}
     assert sample_images(folder, prompts=["a circle"], image=None, field="edit", **options)[0].exists()
     assert export(folder, tmp_path / "out.safetensors") < 1e-3
+    assert read_safetensors(tmp_path / "out.safetensors")[1]["text"] == report["hashes"]["text encoder"]
     with pytest.raises(ManifestError, match="not found"):
         train(recipe, resume=True)
     state = checkpoints(folder.checkpoints)[-1] / "state.json"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from danceopd.families.shapes import SOURCES, WEIGHTS
-from danceopd.fields.teachers import file_hash
+from danceopd.fields.weights import file_hash
 from danceopd.world import build
 from danceopd.world.network import ShapesTransformer
 from danceopd.world.text import TextEncoder

@@ -21,7 +21,7 @@ from danceopd.families.pipeline import PipelineFamily
 from danceopd.families.probes import Probes
 from danceopd.fields.adapters import exact_targets
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import PEFT_FILE, PEFT_PREFIX, CheckpointError, file_hash
+from danceopd.fields.weights import PEFT_FILE, PEFT_PREFIX, CheckpointError, file_hash, require_free
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
@@ -167,8 +167,8 @@ def _export(
     family: PipelineFamily, student: VelocityFunction, folder: Path, form: _Form, card: ModelCard | None
 ) -> float:
     """Write aside, load again, compare, and only then give the folder its name."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists already and is not empty; choose another folder, or remove it")
+    folder = folder.absolute()
+    require_free(folder)
     aside = folder.with_name(f".unverified-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     side = 4 * family.loaded.size_step

@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from danceopd.families.latents import LatentSpace, latent_space_of
 from danceopd.families.pipeline_folder import other_files, part_files, read_folder
 from danceopd.families.pipeline_grid import require_euler
-from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint
+from danceopd.fields.weights import CheckpointError, file_hash, load_checkpoint
 
 
 class LoadedPipeline:
@@ -79,14 +81,15 @@ class LoadedPipeline:
 
     def encoder_digest(self) -> str:
         """SHA-256 of the pipeline's class and of its parts but the transformer and the scheduler: every file that makes
-        them up, and the type of their weights.
+        them up, the type of their weights, and the versions of the libraries, which have the prompts' templates.
 
         Raises:
             ValueError: if the pipeline is not from a folder.
         """
         if self.folder is None:
             raise ValueError("a pipeline object has no files to know its encoders by; load it from a folder")
-        digest = hashlib.sha256(type(self.pipeline).__name__.encode())
+        versions = f"diffusers {diffusers.__version__}, transformers {transformers.__version__}"
+        digest = hashlib.sha256(f"{type(self.pipeline).__name__} {versions}".encode())
         for name, part in sorted(self.pipeline.components.items()):
             if part is None or name in ("transformer", "scheduler"):
                 continue

@@ -25,7 +25,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import (
+from danceopd.fields.weights import (
     PEFT_PREFIX,
     CheckpointError,
     has_peft_keys,
@@ -44,6 +44,8 @@ SUFFIXES = (
 """How formats name A and B. The first that fits counts."""
 PREFIXES = (PEFT_PREFIX, "transformer.")
 """What PEFT and diffusers put before the names of the transformer's modules."""
+CHANGED_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Values of PEFT's ``init_lora_weights`` whose start takes something out of the base's weights."""
 TEXT_ENCODERS = ("text_encoder", "lora_te")
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -189,6 +191,12 @@ def _recorded_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] 
         raise CheckpointError(f"{path} records no readable adapter configuration: {error!r}") from error
     if config.get("use_dora"):
         raise CheckpointError(f"{path} is not a plain LoRA: found use_dora in its configuration")
+    if str(config.get("init_lora_weights")).startswith(CHANGED_THE_BASE):
+        raise CheckpointError(
+            f"{path} is a LoRA over a base that its start changed: found init_lora_weights "
+            f"{config['init_lora_weights']!r}; save it as one over the original "
+            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     return config
 
 
@@ -198,7 +206,7 @@ def _scales(
     """The factor before B A, by module: alpha / r, or alpha / sqrt(r) for a rank-stabilised LoRA."""
     scales = {module: alphas.get(module, float(len(a))) / len(a) for module, (a, _) in pairs.items()}
     if config is None:
-        return scales
+        return _usable(path, scales)
     ranks, strengths = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for module, (a, _) in pairs.items():
         rank = ranks.get(get_pattern_key(list(ranks), module), config["r"] or len(a))
@@ -209,6 +217,13 @@ def _scales(
         if alphas and not math.isclose(scale, scales[module], rel_tol=1e-3):
             raise CheckpointError(f"{path} records alpha twice for {module!r}: {alphas[module]:g} and {alpha:g}")
         scales[module] = scale
+    return _usable(path, scales)
+
+
+def _usable(path: Path, scales: dict[str, float]) -> dict[str, float]:
+    for module, scale in scales.items():
+        if not 0 < scale < math.inf:
+            raise CheckpointError(f"{path} records no usable alpha for {module!r}: alpha / rank is {scale:g}")
     return scales
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from danceopd.fields.teachers import PEFT_FILE, CheckpointError, read_metadata, shards
+from danceopd.fields.weights import PEFT_FILE, CheckpointError, read_metadata, shards
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -49,7 +49,15 @@ def weight_file(reference: str | Path) -> Path:
     if others:
         listed = ", ".join(other.name for other in others[:4])
         raise CheckpointError(f"{folder} holds {len(others)} safetensors files ({listed}); name the one that is meant")
-    raise CheckpointError(f"no transformer weights in {folder}: needed is {WEIGHTS}, or {WEIGHTS}.index.json")
+    raise CheckpointError(
+        f"no transformer weights in {folder}: needed is {WEIGHTS}, or {WEIGHTS}.index.json{_variant(folder)}"
+    )
+
+
+def _variant(folder: Path) -> str:
+    """What an error adds where weights are there under the name of a variant."""
+    found = sorted(path.name for path in folder.glob("*.fp16.*"))
+    return f"; found {found[0]}, a variant: save it without one" if found else ""
 
 
 def part_files(part: Path) -> list[Path]:
@@ -64,7 +72,8 @@ def other_files(folder: Path) -> dict[str, Path]:
     A scheduler's configuration changes the grid, a tokenizer's the prompts: they count as weights do.
     """
     base = weight_file(folder)
-    found = [folder / INDEX, *(path for part in read_index(folder) for path in part_files(folder / part))]
+    parts = [name for name, part in read_index(folder).items() if isinstance(part, list)]
+    found = [folder / INDEX, *(path for part in parts for path in part_files(folder / part))]
     return {path.relative_to(folder).as_posix(): path for path in found if path != base}
 
 
@@ -117,7 +126,7 @@ def _require_whole(folder: Path, name: str, needed: tuple[Choices, ...]) -> None
         chosen = next((files for files in choices if all((part / file).is_file() for file in files)), None)
         if chosen is None:
             listed = ", or ".join(" and ".join(files) for files in choices)
-            raise CheckpointError(f"{folder} is not whole: its {name} lacks {listed}")
+            raise CheckpointError(f"{folder} is not whole: its {name} lacks {listed}{_variant(part)}")
         for file in chosen:
             if file.endswith(".index.json"):
                 for shard in shards(part / file):
@@ -154,6 +163,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         CheckpointError: if its index is no JSON object.
     """
     try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX} is not a pipeline's index: {error}") from error
+    for name, part in index.items():
+        if isinstance(part, list) and Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX} names a part that is no folder beside it: {name!r}")
+    return index

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 
 from danceopd.distill.schedule import Grid
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.weights import CheckpointError
 
 
 def scheduler_grid(

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from danceopd.families.family import Family
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.weights import CheckpointError
 from danceopd.recipe.wording import RecipeError, nearest
 
 PIPELINE_OPTIONS = {"resolution": "size", "base_dtype": "dtype"}

@@ -15,7 +15,7 @@ from danceopd.distill.schedule import Grid, shifted_grid
 from danceopd.families.latents import LatentSpace
 from danceopd.fields.guidance import linear_guidance
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import CheckpointError, file_hash, load_checkpoint, load_lora, read_metadata
+from danceopd.fields.weights import CheckpointError, file_hash, load_checkpoint, load_lora, read_metadata
 from danceopd.states import Condition, Samples, select
 from danceopd.world.generator import GeneratedExamples
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer

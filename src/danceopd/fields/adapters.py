@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from danceopd.fields.lora import Lora
@@ -83,8 +83,8 @@ class AdapterBackbone:
         Its A is uniform from ``generator`` and its B zero; ``start``, of the same rank or less, takes its first rows
         of A and columns of B, so that the LoRA computes what ``start`` does.
         """
-        self._check_targets(name, targets)
-        self._inject(name, LoraConfig(r=rank, lora_alpha=_alpha(alpha), target_modules=list(targets)))
+        modules = exact_targets(self._linear(name, targets))
+        self._inject(name, LoraConfig(r=rank, lora_alpha=_alpha(alpha), target_modules=modules))
         if start is not None:
             self._check(name, start)
             if start.rank > rank:
@@ -92,7 +92,7 @@ class AdapterBackbone:
                     f"the student cannot start from a LoRA of rank {start.rank} with rank {rank}: use at least rank "
                     f"{start.rank}, or student.init_mode merged"
                 )
-            own = get_peft_model_state_dict(self.module, adapter_name=name)
+            own = self.state(name)
             if set(own) != set(start.weights):
                 mine, theirs = {key.rsplit(".lora_", 1)[0] for key in own}, set(start.targets)
                 raise AdapterMismatch(
@@ -108,7 +108,7 @@ class AdapterBackbone:
                 else:
                     parameter.zero_()
                 if start is not None:
-                    _place(start, alpha / rank, key.replace(f".{name}.", "."), parameter)
+                    _place(start, alpha / rank, _plain(key, name), parameter)
         for parameter in self.parameters(name):
             parameter.requires_grad_(True)
 
@@ -122,7 +122,7 @@ class AdapterBackbone:
 
     def state(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors under PEFT's keys, without the adapter's name."""
-        return dict(get_peft_model_state_dict(self.module, adapter_name=name))
+        return {_plain(key, name): value.detach() for key, value in self.named_parameters(name)}
 
     @contextmanager
     def use(self, *names: str) -> Iterator[None]:
@@ -199,8 +199,8 @@ class AdapterBackbone:
         if unknown:
             raise KeyError(f"no adapter {unknown[0]!r} on this backbone; it has {', '.join(self.names) or 'none'}")
 
-    def _check_targets(self, name: str, targets: Sequence[str]) -> None:
-        """Every target must name a linear layer, by its whole name or by its end."""
+    def _linear(self, name: str, targets: Sequence[str]) -> set[str]:
+        """The linear layers that targets name, each by a whole name or by the end of some; other layers stay out."""
         plain = {key for key, value in self.module.named_modules() if isinstance(value, nn.Linear)}
         linear = {key.removesuffix(".base_layer") for key in plain if ".lora_" not in key}
         for target in targets:
@@ -208,6 +208,7 @@ class AdapterBackbone:
                 near = difflib.get_close_matches(target, sorted({key.rpartition(".")[2] for key in linear}), n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise AdapterMismatch(f"LoRA {name!r}: no linear layer of this backbone is named {target!r}{hint}")
+        return {key for key in linear if any(key == target or key.endswith(f".{target}") for target in targets)}
 
     def _switch(self, names: Sequence[str]) -> None:
         for layer in self._layers:
@@ -262,6 +263,11 @@ def _listed(modules: set[str]) -> str:
 def exact_targets(modules: Iterable[str]) -> str:
     """PEFT's ``target_modules`` for these modules alone; in a list, a name also means every module that ends in it."""
     return f"^(?:{'|'.join(re.escape(module) for module in sorted(modules))})$"
+
+
+def _plain(key: str, name: str) -> str:
+    """A parameter's name under PEFT's keys, without the adapter's name."""
+    return key.replace(f".lora_A.{name}.", ".lora_A.").replace(f".lora_B.{name}.", ".lora_B.")
 
 
 def _alpha(alpha: float) -> int:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from danceopd.fields.teachers import CheckpointError
+from danceopd.fields.weights import CheckpointError
 
 Kind = Literal["base", "checkpoint", "lora"]
 

@@ -50,7 +50,14 @@ def with_absolute_files(recipe: Recipe, folder: Path) -> Recipe:
         if reference is None:
             return None
         meant = reference.endswith(".safetensors") and parse_hub_reference(reference) is None
-        return absolute(reference) if meant or (folder / reference).exists() else reference
+        if meant or (folder / reference).exists():
+            return absolute(reference)
+        if Path(reference).exists():
+            raise RecipeError(
+                f"{reference!r} is in {Path.cwd()}, but a recipe's paths, in --set too, are relative to its own "
+                f"folder, {folder.resolve()}; write an absolute one"
+            )
+        return reference
 
     def route(part: RoutePart) -> RoutePart:
         files = {key: absolute(file) for key in ("manifest", "images") if (file := getattr(part.data, key)) is not None}

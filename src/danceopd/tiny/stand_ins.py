@@ -18,7 +18,7 @@ from danceopd.data.manifest import PACK_FOLDER
 from danceopd.data.rows import read_table
 from danceopd.fields.adapters import AdapterBackbone
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import save_lora
+from danceopd.fields.weights import save_lora
 from danceopd.files import write_text
 from danceopd.recipe import DataPart
 from danceopd.tiny.pipelines import PIPELINES, vae

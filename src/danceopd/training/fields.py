@@ -15,7 +15,7 @@ from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMisma
 from danceopd.fields.field import VelocityField
 from danceopd.fields.hub import Kind, locate
 from danceopd.fields.offload import OffloadedField
-from danceopd.fields.teachers import CheckpointError, source_hash
+from danceopd.fields.weights import CheckpointError, source_hash
 from danceopd.recipe import FieldPart, Recipe, RecipeError
 
 OpenFamily = Callable[[str, str], Family]
@@ -127,8 +127,8 @@ class FieldLoader:
         adapters = []
         if part.lora is not None:
             lora = family.load_lora(self._sources.file(part.lora, "lora", family))
-            network.backbone.add(name, lora, scale=part.lora_scale)
-            adapters.append(name)
+            adapters.append(f"field_{name}")  # a bare name could be that of a module, or of a method of torch's
+            network.backbone.add(adapters[0], lora, scale=part.lora_scale)
         field = AdapterField(network.backbone, network.model, *adapters)
         waits = part.keep_on == "cpu" and self._device.type != "cpu"
         return OffloadedField(field, network.model, self._device) if waits else field

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from danceopd.families.family import Family
 from danceopd.fields.adapters import AdapterBackbone, AdapterModel
 from danceopd.fields.lora import Lora, combined
-from danceopd.fields.teachers import merge_lora
+from danceopd.fields.weights import merge_lora
 from danceopd.recipe import Recipe
 
 STUDENT, START = "student", "student_start"

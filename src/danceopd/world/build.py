@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import file_hash, read_metadata, recorded_targets, write_safetensors
+from danceopd.fields.weights import file_hash, read_metadata, recorded_targets, write_safetensors
 from danceopd.world.generator import DATA_VERSION, SOURCE_TRAINING
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
 from danceopd.world.render import render

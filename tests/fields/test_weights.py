@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from danceopd.fields.lora import Lora
-from danceopd.fields.teachers import (
+from danceopd.fields.weights import (
     CheckpointError,
     file_hash,
     load_checkpoint,
@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, mon
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("danceopd.fields.teachers.save_file", full)
+    monkeypatch.setattr("danceopd.fields.weights.save_file", full)
     (tmp_path / "x.safetensors").write_bytes(b"before")
     with pytest.raises(CheckpointError, match=r"x\.safetensors could not be written: No space left on device"):
         write_safetensors({"a": torch.zeros(1)}, tmp_path / "x.safetensors")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -114,7 +116,7 @@ def load_checkpoint(network: nn.Module, path: Path) -> None:
 
 
 def load_lora(path: Path) -> Lora:
-    """A LoRA in PEFT's keys, with ``rank`` and ``alpha`` in the file's metadata, and ``targets`` where we wrote it.
+    """A LoRA in PEFT's keys, with ``alpha`` in the file's metadata, and ``targets`` where we wrote it.
 
     Raises:
         CheckpointError: if a tensor is no LoRA matrix, a pair is incomplete, ranks differ, alpha is not recorded, or
@@ -138,6 +140,8 @@ def load_lora(path: Path) -> Lora:
             f"{path} does not record the LoRA's alpha in its metadata (found {json.dumps(metadata)}); without it the "
             "adapter's strength is unknown"
         ) from error
+    if not 0 < alpha < math.inf:
+        raise CheckpointError(f"{path} records no usable alpha: found {alpha:g}")
     lora = Lora(rank=ranks.pop(), alpha=alpha, weights={name: weight.float() for name, weight in weights.items()})
     require_recorded_targets(path, lora, metadata)
     return lora
@@ -163,7 +167,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
     Raises:
         CheckpointError: if it cannot be written; nothing is left of it.
     """
-    aside = path.with_suffix(".tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(
             {name: value.contiguous() for name, value in tensors.items()}, aside, {"format": "pt", **(metadata or {})}
@@ -175,10 +179,16 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
         aside.unlink(missing_ok=True)
 
 
-def save_lora(lora: Lora, path: Path) -> None:
+def save_lora(lora: Lora, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a LoRA in PEFT's keys with its rank, alpha and modules in the metadata; see ``write_safetensors``."""
     recorded = {"rank": str(lora.rank), "alpha": repr(lora.alpha), "targets": recorded_targets(lora.targets)}
-    write_safetensors(lora.weights, path, recorded)
+    write_safetensors(lora.weights, path, recorded | dict(metadata or {}))
+
+
+def require_free(folder: Path) -> None:
+    """Raise CheckpointError if something stands where a folder is to be written; an empty folder may."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists already and is not empty; choose another folder, or remove it")
 
 
 def file_hash(path: Path) -> str:
