@@ -118,3 +118,20 @@ def test_staleness_stands_beside_the_scores(tmp_path):
         file.unlink()
     again = compare(tmp_path / "tiny.yaml", out=moved, resume=True)
     assert read_comparison(again)["measures"]["staleness"]["methods"] == methods
+
+
+def test_exposure_is_measured_on_own_states_and_on_noised_data(tmp_path):
+    still = {"train.learning_rate": 1e-9}
+    changes = {"measures": {"exposure": {"inputs_per_route": 3}}, "compute": None, "seeds": 2}
+    methods = {"still": still, "moving": {"train.learning_rate": 3e-2}}
+    path = write(tmp_path, methods=methods, reference="still", updates=3, **changes)
+    out = compare(path, out=tmp_path / "out")
+    found = read_comparison(out)["measures"]["exposure"]
+    assert len(found["sigma"]) == 2  # the evaluation's own grid
+    still, moving = found["methods"]["still"], found["methods"]["moving"]
+    assert still["edit"]["own"]["value"] < 1e-6 < moving["edit"]["own"]["value"]  # it starts as that field
+    assert still["edit"]["data"]["value"] < 1e-6 < still["t2i"]["data"]["value"]
+    at_step = still["t2i"]["at_step"]
+    assert at_step["own"][0] == pytest.approx(at_step["data"][0])  # both begin at the same noise
+    table = out.with_suffix(".md").read_text().split("## Where students stray")[1]
+    assert table.count("| still |") == table.count("| moving |") == 2

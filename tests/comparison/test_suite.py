@@ -147,6 +147,13 @@ def test_guidance_is_measured_along_the_bases_own_direction_alone(tmp_path, fiel
         load_suite(write(tmp_path, suite))
 
 
+def test_exposure_needs_inputs_that_can_be_drawn_apart(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a red circle"}\n')
+    recipe = {**TINY["recipe"], "routes": [{"field": "t2i", "data": {"manifest": "m.jsonl"}}]}
+    with pytest.raises(SuiteError, match="draws inputs apart from the training's, and needs generators"):
+        load_suite(write(tmp_path, recipe=recipe, measures={"exposure": {}}, methods={"danceopd": {}}))
+
+
 def test_a_shared_query_stays_out_of_methods_that_ask_for_none(tmp_path):
     shared = TINY["recipe"] | {"query": {"band": "high_noise"}, "joint": {"sigma_mean": 0.8}}
     recipes = load_suite(write(tmp_path, recipe=shared)).recipes

@@ -64,10 +64,15 @@ def _values(suite: Suite) -> dict[str, Any]:
             **({"teacher": dict.fromkeys(("score", "student_minus_teacher"))} if guided else {}),
         }
 
+    def exposure(method: str) -> dict[str, Any]:
+        kinds = ("own", "data", "own_over_data")
+        return {route.name or route.field: dict.fromkeys(kinds) for route in suite.recipes[method].routes}
+
     realism = dict.fromkeys(("reward", "gap_closed"))
     return {
         "scores": {"views": {view: {method: scores(method) for method in suite.recipes} for view in views}},
         "guidance": {"methods": {method: guidance(method) for method in suite.recipes}},
+        "exposure": {"methods": {method: exposure(method) for method in suite.recipes}},
         "realism": {"methods": dict.fromkeys(suite.recipes, realism)},
     }
 

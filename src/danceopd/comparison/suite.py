@@ -156,6 +156,8 @@ def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
         )
     if content.measures.guidance is not None and recipe.rollout.substeps > 1:
         raise SuiteError(f"{path}: measures.guidance compares velocities, and rollout.substeps teaches their means")
+    if content.measures.exposure is not None and any(route.data.generator is None for route in recipe.routes):
+        raise SuiteError(f"{path}: measures.exposure draws inputs apart from the training's, and needs generators")
     sources = ["base", *(name for name, part in recipe.fields.items() if not part.is_base)]
     teacher = None if content.measures.realism is None else content.measures.realism.teacher
     if teacher is not None and teacher not in sources[1:]:

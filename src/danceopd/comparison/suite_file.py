@@ -47,11 +47,18 @@ class StalenessPart(SuitePart):
     """Show the staleness of streaming rollouts beside the scores."""
 
 
+class ExposurePart(SuitePart):
+    """Measure how far students are from their fields on their own states and on noised data."""
+
+    inputs_per_route: int = Field(default=32, ge=2, description="Inputs of each route, drawn apart.")
+
+
 class MeasuresPart(SuitePart):
     """What is measured besides the scores."""
 
     guidance: GuidancePart | None = Field(default=None, description="Absorbed guidance.")
     realism: RealismPart | None = Field(default=None, description="Absorbed realism.")
+    exposure: ExposurePart | None = Field(default=None, description="Exposure bias.")
     staleness: StalenessPart | None = Field(default=None, description="Staleness of streaming rollouts.")
 
 
@@ -85,7 +92,9 @@ class ClaimPart(SuitePart):
     capability: str | None = Field(default=None, description="In which capability.")
     view: Literal["updates", "compute"] = Field(default="updates", description="At equal updates or equal compute.")
     text: str | None = Field(default=None, description="The claim in words.")
-    measure: Literal["scores", "guidance", "realism"] | None = Field(default=None, description="Whose value.")
+    measure: Literal["scores", "guidance", "realism", "exposure"] | None = Field(
+        default=None, description="Whose value."
+    )
     at: str | None = Field(default=None, description="Where in the measure's JSON: names joined by '/'.")
     at_least: Finite | None = Field(default=None, description="The value that it should reach.")
     between: tuple[Finite, Finite] | None = Field(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from danceopd.comparison.measures import guidance, realism, scores, staleness
+from danceopd.comparison.measures import exposure, guidance, realism, scores, staleness
 from danceopd.comparison.results import Results
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import Plot, Table
@@ -39,6 +39,7 @@ MEASURES = {
     "staleness": Measure(
         staleness.take, False, staleness.settings, staleness.measure, staleness.tables, staleness.plots
     ),
+    "exposure": Measure(exposure.take, False, exposure.settings, exposure.measure, exposure.tables, exposure.plots),
     "realism": Measure(None, False, lambda suite: None, realism.measure, realism.tables, realism.plots),
 }
 
