@@ -131,7 +131,7 @@ def tables(content: dict[str, Any]) -> list[Table]:
 def plots(content: dict[str, Any]) -> list[Plot]:
     """Each route's error on own states (lines) and on noised data (dashed) at each step."""
     routes = list(next(iter(content["methods"].values())))
-    figure, axes = plt.subplots(1, len(routes), figsize=(5.2 * len(routes), 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(routes), figsize=(5.2 * len(routes), 4.6), squeeze=False, layout="constrained")
     for axis, route in zip(axes[0], routes, strict=True):
         for (method, found), color in zip(content["methods"].items(), itertools.cycle(COLORS), strict=False):
             for states, style in zip(STATES, ("-", ":"), strict=True):
@@ -139,5 +139,7 @@ def plots(content: dict[str, Any]) -> list[Plot]:
                 axis.plot(content["sigma"], found[route]["at_step"][states], style, color=color, label=label)
         axis.invert_xaxis()
         axis.set(xlabel="sigma (noise on the left)", ylabel="relative squared error", yscale="log", title=route)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     return [Plot("Error at each step, on own states and on noised data (dotted)", figure_url(figure))]
