@@ -61,7 +61,7 @@ def draw(
     grid = family.grid(part.num_inference_steps, part.shift, shape)
     velocity, images = guided(velocity, family, part.guidance_scale), []
     for rows in torch.arange(len(examples)).split(part.batch_size):
-        batch = [examples[row] for row in rows]
+        batch = [examples[row] for row in rows.tolist()]
         sources = [example.source for example in batch if example.source is not None]
         condition = (encoder or family).encode([example.prompt for example in batch], sources or None)
         z = noise[rows].to(condition.prompt_embeds.device)

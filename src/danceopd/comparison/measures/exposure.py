@@ -43,6 +43,7 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
     """
     recipe, family, student = assembly.recipe, assembly.family, model_velocities(assembly)[model]
     found: dict[str, list[MatchingError]] = {name: [] for name in STATES}
+    sigmas: list[float] = []
     for part, route in zip(recipe.routes, assembly.method.routes, strict=True):
         assert part.data.generator is not None
         drawn = family.generator(part.data.generator, size=_part(suite).inputs_per_route, seed=part.data.seed + 1)
@@ -51,6 +52,7 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(recipe.evaluate.seed)
         noise = torch.randn(samples.target.shape, generator=generator).to(samples.target.device)
         grid = family.grid(recipe.evaluate.num_inference_steps, recipe.evaluate.shift, samples.shape)
+        sigmas = grid.sigmas[:-1].tolist()
         told = samples.condition if samples.field_condition is None else samples.field_condition
         with autocast(pick_device(), recipe.train.precision):
             states = {
@@ -70,7 +72,7 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
                 )
     return {
         "routes": [route.name for route in assembly.method.routes],
-        "sigma": [round(sigma, 4) for sigma in grid.sigmas[:-1].tolist()],
+        "sigma": [round(sigma, 4) for sigma in sigmas],
         **{
             name: {key: [_short(getattr(one, key)) for one in found[name]] for key in ("error", "size")}
             for name in STATES
