@@ -174,7 +174,7 @@ def test_a_student_starts_as_its_source(tiny):
 
 def test_an_export_that_does_not_reproduce_the_student_is_refused(tiny, tmp_path, monkeypatch):
     folder = train(tiny("train.steps=2"))
-    wrong = lambda lora, path: save_lora(replace(lora, alpha=lora.alpha * 3), path)  # noqa: E731
+    wrong = lambda lora, path, metadata=None: save_lora(replace(lora, alpha=lora.alpha * 3), path)  # noqa: E731
     monkeypatch.setattr(exports, "save_lora", wrong)
     with pytest.raises(CheckpointFailure, match="does not reproduce the student"):
         export(folder, tmp_path / "out.safetensors")
