@@ -75,8 +75,8 @@ def sample_images(
     names = [re.fullmatch(rf"{field}-{seed}-(\d+)\.png", path.name) for path in out.iterdir()]
     first = 1 + max((int(name[1]) for name in names if name is not None), default=-1)
     paths = [out / f"{field}-{seed}-{first + index}.png" for index in range(len(images))]
-    for path, picture in zip(paths, images, strict=True):
-        write_image_file(path, picture)
+    for path, drawn in zip(paths, images, strict=True):
+        write_image_file(path, drawn)
     return paths
 
 

@@ -33,13 +33,18 @@ class Measure:
     plots: Callable[[dict[str, Any]], list[Plot]]
 
 
+def _own_part(name: str) -> Callable[[Suite], Any]:
+    """Settings that are all of the measure's part of the suite."""
+    return lambda suite: getattr(suite.measures, name).model_dump(mode="json")
+
+
 MEASURES = {
     "scores": Measure(scores.take, True, scores.settings, scores.measure, scores.tables, scores.plots),
-    "guidance": Measure(guidance.take, False, guidance.settings, guidance.measure, guidance.tables, guidance.plots),
+    "guidance": Measure(guidance.take, False, _own_part("guidance"), guidance.measure, guidance.tables, guidance.plots),
     "staleness": Measure(
         staleness.take, False, staleness.settings, staleness.measure, staleness.tables, staleness.plots
     ),
-    "exposure": Measure(exposure.take, False, exposure.settings, exposure.measure, exposure.tables, exposure.plots),
+    "exposure": Measure(exposure.take, False, _own_part("exposure"), exposure.measure, exposure.tables, exposure.plots),
     "realism": Measure(None, False, lambda suite: None, realism.measure, realism.tables, realism.plots),
 }
 

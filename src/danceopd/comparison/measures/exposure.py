@@ -13,7 +13,6 @@ import torch
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.statistics import as_json, paired_ratio
 from danceopd.comparison.suite import Suite
-from danceopd.comparison.suite_file import ExposurePart
 from danceopd.comparison.tables import Plot, Table, number, percent
 from danceopd.evaluation.exposure import MatchingError, data_states, matching_error, own_states
 from danceopd.report.page import COLORS, figure_url
@@ -25,28 +24,19 @@ from danceopd.training.models import model_velocities
 STATES = ("own", "data")
 
 
-def settings(suite: Suite) -> dict[str, Any]:
-    """The measure's part of the suite."""
-    return _part(suite).model_dump(mode="json")
-
-
-def _part(suite: Suite) -> ExposurePart:
-    part = suite.measures.exposure
-    assert part is not None
-    return part
-
-
 def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
     """``routes``: their names; ``sigma``: the grid's N; for ``own`` and ``data`` states ``error`` and ``size``.
 
     Those are [routes, n, N], on n inputs of each route that are drawn apart from the training's, from the same noise.
     """
     recipe, family, student = assembly.recipe, assembly.family, model_velocities(assembly)[model]
+    wanted = suite.measures.exposure
+    assert wanted is not None
     found: dict[str, list[MatchingError]] = {name: [] for name in STATES}
     sigmas: list[float] = []
     for part, route in zip(recipe.routes, assembly.method.routes, strict=True):
         assert part.data.generator is not None
-        drawn = family.generator(part.data.generator, size=_part(suite).inputs_per_route, seed=part.data.seed + 1)
+        drawn = family.generator(part.data.generator, size=wanted.inputs_per_route, seed=part.data.seed + 1)
         samples = encoded([drawn[i] for i in range(len(drawn))], family, assembly.inputs.get(part.field))
         assert samples.target is not None
         generator = torch.Generator().manual_seed(recipe.evaluate.seed)

@@ -30,11 +30,6 @@ from danceopd.world.generator import evaluation_set
 from danceopd.world.tasks import T2I_TASKS, TextToImage
 
 
-def settings(suite: Suite) -> dict[str, Any]:
-    """The measure's part of the suite."""
-    return _part(suite).model_dump(mode="json")
-
-
 def _part(suite: Suite) -> GuidancePart:
     part = suite.measures.guidance
     assert part is not None
