@@ -229,6 +229,7 @@ def test_a_model_card_says_what_the_lora_is_and_was_made_from(case, tmp_path):
     name = type(family.pipeline).__name__
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == CARD.base
+    assert yaml.safe_load(front)["pipeline_tag"] == ("image-to-image" if case.can_edit else "text-to-image")
     assert f"LoRA of rank {RANK} and alpha {ALPHA:g} on " in body
     assert f"pipe = {name}.from_pretrained('some-lab/some-model')" in body
     assert "| realism | LoRA realism.safetensors, scale 1 |\n| base | the base \\| bare |" in body

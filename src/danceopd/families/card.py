@@ -21,7 +21,7 @@ class Exported:
     what: how the card's first sentence begins, up to the base's name. use: the lines that load it, BASE being the base.
     checked: what was compared, as the beginning of a sentence that ends in the velocities. difference: the largest
     between the student's velocities and those of the files loaded again. change: the largest between the student's and
-    its base's. digests: SHA-256 by the files' names.
+    its base's. digests: SHA-256 by the files' names. edits: whether the pipeline that loads it edits images.
     """
 
     what: str
@@ -31,6 +31,7 @@ class Exported:
     change: float
     digests: Mapping[str, str]
     is_lora: bool
+    edits: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class ModelCard:
 
     def render(self, export: Exported) -> str:
         """The card as Markdown with the hub's front matter."""
-        front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+        task = "image-to-image" if export.edits else "text-to-image"
+        front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
         front["tags"] = ["lora", "danceopd"] if export.is_lora else ["danceopd"]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):
             front["base_model"] = self.base

@@ -202,6 +202,7 @@ def _export(
                 change=change,
                 digests={path.name: file_hash(path) for path in sorted(aside.glob("*.safetensors"))},
                 is_lora=form.is_lora,
+                edits=family.can_edit,
             )
             (aside / CARD).write_text(card.render(exported), encoding="utf-8")
         aside.replace(folder)
