@@ -1,11 +1,62 @@
 import pytest
 from tiny_suites import single_route, write
 
+from danceopd.comparison.claims import settle
 from danceopd.comparison.compare import compare, read_comparison
+from danceopd.comparison.measures import exposure, scores
+from danceopd.comparison.results import Point, Results, scores_of
 from danceopd.comparison.suite import load_suite
 from danceopd.evaluation import shapes
 from danceopd.runs import train
 from danceopd.world import verify
+
+
+def results_of(taken, **sources):
+    """Results of one seed: {method: {updates: what was taken}}; the last updates are of equal compute."""
+    return Results(
+        points={
+            method: {updates: [Point(updates, 108.0, 1.0, found)] for updates, found in points.items()}
+            for method, points in taken.items()
+        },
+        views={method: {"updates": min(points), "compute": max(points)} for method, points in taken.items()},
+        sources=sources,
+    )
+
+
+def edits(value):
+    return {"edit": [[value] * 2] * 6}
+
+
+def test_a_view_compares_methods_where_each_is_in_it_and_with_the_best_source(tmp_path):
+    lead = {"method": "danceopd", "over": "joint", "capability": "edit"}
+    suite = load_suite(write(tmp_path, capabilities=["edit"], claims=[lead, lead | {"view": "compute"}]))
+    values = {"danceopd": {2: 0.4, 5: 0.8}, "joint": {2: 0.7, 9: 0.7}}
+    taken = {method: {at: {"scores": edits(value)} for at, value in of.items()} for method, of in values.items()}
+    results = results_of(taken, weak=edits(0.5), strong=edits(0.9))
+    content = scores.measure(suite, results)
+    assert content["best_source"] == {"edit": "strong"}
+    views = content["views"]
+    assert [views[view]["joint"]["edit"]["of_best_source"]["value"] for view in views] == [0.7778, 0.7778]
+    assert [views[view]["danceopd"]["edit"]["of_best_source"]["value"] for view in views] == [0.4444, 0.8889]
+    assert [views[view]["joint"]["edit"]["minus_reference"]["value"] for view in views] == [0.3, -0.1]
+    settled = settle(suite, results, {"scores": content})
+    assert [claim["estimate"]["value"] for claim in settled] == [-0.3, 0.1]
+    assert [claim["verdict"] for claim in settled] == ["not reproduced", "reproduced"]
+
+
+def test_exposure_is_the_error_on_own_states_over_that_on_data():
+    errors = {"own": [1.0, 5.0], "data": [1.0, 3.0]}  # at the two steps, alike for two inputs of one route
+    found = {states: {"error": [[at] * 2], "size": [[[4.0, 16.0]] * 2]} for states, at in errors.items()}
+    taken = {"exposure": {"routes": ["edit"], "sigma": [1.0, 0.5], **found}}
+    route = exposure.measure(None, results_of({"danceopd": {2: taken}}))["methods"]["danceopd"]["edit"]
+    assert [route[name]["value"] for name in ("own", "data", "own_over_data")] == [0.3, 0.2, 1.5]
+    assert route["at_step"] == {"own": [0.25, 0.3125], "data": [0.25, 0.1875]}
+
+
+def test_a_capability_has_the_scores_of_its_own_tasks():
+    taken = {"edit": [[task] * 2 for task in range(6)]}
+    assert scores_of(taken, "global").tolist() == [[4, 4], [5, 5]]
+    assert scores_of(taken, "local").tolist() == taken["edit"][:4]
 
 
 def test_guidance_is_measured_of_a_student_that_is_the_base(tmp_path):
@@ -43,6 +94,10 @@ def test_guidance_is_measured_of_a_student_that_is_the_base(tmp_path):
     assert (guided["alpha"], guided["prompt_dropout"], guided["teacher"]["name"]) == (3.0, 0.1, "teacher")
     assert (guided["scales"]["1"]["calls"], guided["scales"]["2"]["calls"], guided["teacher"]["calls"]) == (2, 4, 4)
     assert guided["scales"]["2"]["product"] == 6.0
+    acts_as = guided["scales"]["2"]["guidance"]["value"]
+    assert guided["scales"]["2"]["over_product"]["value"] == pytest.approx(acts_as / 6, abs=1e-4)
+    student, teacher = guided["scales"]["1"]["score"]["value"], guided["teacher"]["score"]["value"]
+    assert guided["teacher"]["student_minus_teacher"]["value"] == pytest.approx(student - teacher, abs=1e-4) != 0
     assert (
         guided["scales"]["1"]["score"] == summary["measures"]["scores"]["views"]["updates"]["alpha_3"]["t2i"]["overall"]
     )

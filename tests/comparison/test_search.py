@@ -87,6 +87,7 @@ def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             search(path, out=tmp_path / "searched")
     assert {recipe.train.seed for recipe in made} == {7}
+    assert {(recipe.evaluate.seed, recipe.evaluate.scenes_per_task) for recipe in made} == {(5, 3)}
     found = search(path, out=tmp_path / "searched", resume=True)
     assert found == tmp_path / "tiny.search.json"
     content = json.loads(found.read_text())

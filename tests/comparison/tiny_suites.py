@@ -43,7 +43,7 @@ SEARCH: dict[str, Any] = {
     "updates": 1,
     "seeds": [7],
     "scenes_seed": 5,
-    "scenes_per_task": 2,
+    "scenes_per_task": 3,
     "capabilities": ["t2i", "edit"],
     "grid": {
         "danceopd": {"query.band": ["low_noise", "mid_noise"]},

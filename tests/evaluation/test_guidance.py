@@ -6,7 +6,8 @@ from closed_forms import GaussianField
 from danceopd.comparison.statistics import paired_ratio
 from danceopd.distill.schedule import shifted_grid
 from danceopd.evaluation.guidance import guidance_sums, student_guidance, unexplained
-from danceopd.fields.guidance import linear_guidance
+from danceopd.evaluation.pictures import guided
+from danceopd.fields.guidance import GuidedField, linear_guidance
 from danceopd.states import Condition
 
 
@@ -59,6 +60,8 @@ class Prompts:
 class Base:
     """v_empty is a Gaussian's exact velocity; a prompt adds a direction that depends on the state."""
 
+    calls_per_velocity = 1
+
     def __init__(self, scale, drift=0.0):
         self.scale, self.drift, self.plain = scale, drift, GaussianField(0.5, 0.5)
 
@@ -67,6 +70,16 @@ class Base:
         asked = condition.prompt_embeds > 0
         empty = self.plain.velocity(z, sigma) + self.drift * direction
         return torch.where(asked, self.plain.velocity(z, sigma) + self.scale * direction, empty)
+
+    velocity = __call__
+
+
+def test_external_guidance_is_that_of_a_guided_field(rng):
+    family, base = Prompts(), Base(1.0)
+    at = torch.randn(3, 4, generator=rng), torch.tensor([0.9, 0.5, 0.1]), family.encode(["a", "bb", "c"], None)
+    found = guided(base.velocity, family, 3.0)(*at)
+    assert torch.equal(found, GuidedField(base, empty=family.empty, guidance_scale=3.0).velocity(*at))
+    torch.testing.assert_close(found, Base(3.0)(*at))
 
 
 @pytest.mark.parametrize(("drift", "acts_as"), [(0.0, {0: 0.0, 1: 3.0, 2: 6.0}), (0.5, {0: 0.5, 1: 3.0, 2: 5.5})])
