@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from danceopd.baselines.merge import merged_loras
+from danceopd.distill.objective import VelocityMSE
+from danceopd.distill.schedule import shifted_grid
 from danceopd.exports import export
 from danceopd.fields.adapters import AdapterBackbone
 from danceopd.fields.weights import load_lora
@@ -117,6 +119,30 @@ def test_check_predicts_each_methods_cost(tiny):
     few = check(tiny("rollout.substeps=3", FOUR))
     assert few.field_calls == 3 * plans["danceopd"].field_calls
     assert all("3 of its steps in one" in sentence for sentence in few.routes)
+
+
+SHIFTED = [shifted_grid(steps=steps, shift=3.0).sigmas.tolist() for steps in (4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "value"),
+    [
+        (["objective=velocity_mse_kl"], lambda m: m.objective, VelocityMSE("kl")),
+        (
+            [*settings("joint"), "joint={sigma_mean: 0.7, sigma_std: 0.4}"],
+            lambda m: (m.sigma_mean, m.sigma_std),
+            (0.7, 0.4),
+        ),
+        ([*settings("diffusion_opd"), "diffusion_opd.eta=0.5"], lambda m: (m.form, m.eta), ("sde", 0.5)),
+        (
+            ["rollout.shift=3.0", "routes.1.num_inference_steps=6"],
+            lambda m: [grid((3, 32, 32)).sigmas.tolist() for grid in (m.grid, m.routes[1].grid)],
+            SHIFTED,
+        ),
+    ],
+)
+def test_a_methods_settings_reach_it(tiny, overrides, found, value):
+    assert found(assemble(tiny(*overrides), device=CPU).method) == value
 
 
 @pytest.mark.parametrize(

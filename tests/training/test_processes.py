@@ -79,7 +79,8 @@ def assert_as_by_hand(recipe, folder):
 
 
 def test_two_processes_under_a_launcher_train_the_mean_of_their_shares(tiny, tmp_path):
-    recipe = tiny("train.lr_warmup_steps=0", "train.batch_size=8", "train.gradient_accumulation_steps=4")
+    parts = "train.batch_size=8", "train.gradient_accumulation_steps=4"
+    recipe = tiny("train.lr_warmup_steps=0", "train.max_grad_norm=1e-2", *parts)
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -288,11 +288,16 @@ def test_pictures_are_drawn_a_batch_at_a_time_from_the_same_noise(tiny):
     torch.testing.assert_close(some, at_once, rtol=0, atol=1e-4)
 
 
-def test_gradient_cosines_are_logged_on_request(tiny):
-    folder = train(tiny("train.steps=2", "train.gradient_cosine_steps=2"))
-    first, second = folder.metrics()
+def test_gradient_cosines_are_logged_on_request_and_change_nothing(tiny, tmp_path):
+    folders = [
+        train(tiny("train.steps=2", f"train.gradient_cosine_steps={n}", f"output={tmp_path / str(n)}")) for n in (0, 2)
+    ]
+    first, second = folders[1].metrics()
     assert not any("cosine" in key for key in first)
     assert -1 <= second["gradient_cosine/edit/t2i"] <= 1
+    one, two = (load_file(checkpoints(folder.checkpoints)[-1] / "student.safetensors") for folder in folders)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
 
 
 def test_evaluation_reproduces_itself_and_damaged_weights_score_lower(tiny):
@@ -417,11 +422,23 @@ def test_ema_warms_up_and_then_decays():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])]
+    ("name", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5]),
+        ("cosine", [0.5, 1, 1, 0.5 + 0.5**1.5, 0.5]),
+    ],
 )
 def test_learning_rate_schedules(tiny, name, expected):
     part = tiny("train.lr_warmup_steps=2", "train.steps=6", f"train.lr_scheduler={name}").train
-    assert [learning_rate_factor(step, part) for step in (0, 1, 2, 4)] == pytest.approx(expected)
+    assert [learning_rate_factor(step, part) for step in range(5)] == pytest.approx(expected)
+
+
+def test_an_update_is_made_at_the_learning_rate_of_the_schedule(tiny):
+    recipe = tiny("train.lr_warmup_steps=2", "train.lr_scheduler=linear")
+    trainer = Trainer(assemble(recipe, device=CPU), RunFolder(tiny_path(recipe)))
+    rates = [(trainer.update()["learning_rate"], trainer.optimizer.param_groups[0]["lr"]) for _ in range(4)]
+    assert rates == [(1e-3 * factor, 1e-3 * factor) for factor in (0.5, 1, 1, 0.75)]
 
 
 def tiny_path(recipe):
