@@ -59,6 +59,17 @@ def test_joint_training_finds_the_data(rng):
         )
 
 
+def test_joint_training_draws_a_logit_normal_sigma(rng):
+    student, seen = TinyNet(), []
+    student.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    options = {"sigma_mean": 0.8, "sigma_std": 0.5}
+    method = JointTraining(routes=[d.Route("one", GaussianField(0.5, 0.5), inputs)], grid=GRID, **options)
+    method.step(student, batch_size=20_000, generator=rng)
+    (logit,) = (sigma.logit() for sigma in seen)
+    assert float(logit.mean()) == pytest.approx(0.8, abs=0.01)
+    assert float(logit.std()) == pytest.approx(0.5, abs=0.01)
+
+
 def test_off_policy_is_the_same_objective_elsewhere(rng):
     options = {"routes": [d.Route("one", GaussianField(0.5, 0.5), inputs)], "grid": GRID}
     assert off_policy(**options) == d.DanceOPD(states="data", **options)

@@ -36,7 +36,7 @@ class LinearField:
         return self.slope * z + self.offset
 
 
-def closed_form(student, *, through_states, cost, anchor=None, anchor_weight=0.0):
+def closed_form(student, *, through_states, cost, eta=0.7, anchor=None, anchor_weight=0.0):
     """Gradient of sum_j cost_j KL_j in a_j, b_j, the Gaussian's moments carried exactly through the chain.
 
     KL_j is to the ``LinearField``, and to the anchor under its own weight besides.
@@ -45,7 +45,7 @@ def closed_form(student, *, through_states, cost, anchor=None, anchor_weight=0.0
     sigmas = GRID.sigmas.double()
     mean, variance, total = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64), 0.0
     for j in range(4):
-        move = sde_step(sigmas[j][None], sigmas[j + 1][None], 0.7)
+        move = sde_step(sigmas[j][None], sigmas[j + 1][None], eta)
         keep, gain, std = (float(x) for x in (move.state_factor, move.velocity_factor, move.std))
         m, v = (mean, variance) if through_states else (mean.detach(), variance.detach())
         weight = float(sigmas[j] - sigmas[j + 1]) if cost == "reward" else 1.0
@@ -83,8 +83,8 @@ def assert_within(mean, error, exact):
 
 @SIZES
 def test_pathwise_is_the_gradient_at_the_visited_states(size):
-    student, mean, error = measured("pathwise", size)
-    assert_within(mean, error, closed_form(student, through_states=False, cost="reward"))
+    student, mean, error = measured("pathwise", size, eta=0.5)
+    assert_within(mean, error, closed_form(student, through_states=False, cost="reward", eta=0.5))
 
 
 @SIZES
@@ -165,7 +165,32 @@ def test_groups_are_routed_whole_and_stratified_among_themselves():
 def test_leave_one_out_advantages():
     reward = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
     torch.testing.assert_close(group_advantage(reward, 3, False), torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
-    assert float(group_advantage(reward, 3, True)[3:].abs().max()) == 0.0
+    normalised = group_advantage(reward, 3, True)
+    torch.testing.assert_close(normalised[:3], torch.tensor([-3.0, -1.5, 4.5]) / 7**0.5)
+    assert float(normalised[3:].abs().max()) == 0.0
+
+
+def test_normalised_advantages_are_clipped():
+    student, field = TinyNet(), GaussianField(0.5, 0.5)
+    options = {"gradient": "score", "group_size": 4, "advantage_clip": 0.1}
+    method = FlowOPD(routes=[d.Route("one", field, inputs)], grid=GRID, **options)
+    generator, same = (torch.Generator().manual_seed(5) for _ in range(2))
+    loss = method.step(student, batch_size=8, generator=generator, routes=torch.zeros(8).long()).loss
+    noises = torch.randn(5, 8, 4, generator=same)
+    z, expected = noises[0], torch.zeros(())
+    for j in range(4):
+        here, there = GRID.sigmas[j].expand(8), GRID.sigmas[j + 1].expand(8)
+        move = sde_step(here, there, 0.7)
+        mean, aim = move.mean(z, student(z, here, torch.zeros(8, 2))), move.mean(z, field.velocity(z, here))
+        z = mean.detach() + move.std[:, None] * noises[j + 1]
+        logp, wanted = (-((z - m) ** 2).mean(1) / (2 * move.std**2) for m in (mean, aim))
+        reward = (wanted - logp).detach().view(2, 4)
+        advantage = 4 / 3 * (reward - reward.mean(1, keepdim=True)) / reward.std(1, keepdim=True)
+        expected = expected - (advantage.clamp(-0.1, 0.1).flatten() * (logp - logp.detach()).exp()).mean()
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(*(torch.autograd.grad(one, list(student.parameters())) for one in (loss, expected)), strict=True)
+    for found, by_hand in pairs:
+        torch.testing.assert_close(found, by_hand)
 
 
 def test_ppo_clip_stops_the_gradient_outside_the_trust_region():
