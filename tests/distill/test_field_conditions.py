@@ -25,11 +25,12 @@ class Echo:
 
 
 def numbered(first, *, told_apart):
-    """Sample j of a route is told ``first + j``; its field 100 more, if they are told apart."""
+    """Sample j of a route is told ``first + j``; its field 100 more, if they are told apart. Its target is that too."""
 
     def draw(count, generator):
         condition = torch.arange(first, first + count).float()[:, None].expand(count, 2)
-        return d.Samples(condition=condition, shape=(4,), field_condition=condition + 100 if told_apart else None)
+        target, field_condition = condition.repeat(1, 2), condition + 100 if told_apart else None
+        return d.Samples(condition=condition, shape=(4,), target=target, field_condition=field_condition)
 
     return draw
 
@@ -43,8 +44,8 @@ def two_routes(**options):
 
 def test_each_field_hears_its_own_and_the_student_the_users(rng):
     chosen = torch.tensor([0, 1, 0, 1, 1])
-    (batch,) = draw_batches(two_routes(), chosen, rng, "cpu", grid=GRID)
-    assert batch.condition[:, 0].tolist() == [0, 1, 50, 51, 52]
+    (batch,) = draw_batches(two_routes(), chosen, rng, "cpu", grid=GRID, targets=True)
+    assert batch.condition[:, 0].tolist() == batch.target[:, 0].tolist() == [0, 1, 50, 51, 52]
     heard, calls = routed_velocity(two_routes(), batch, torch.zeros(5, 4), torch.ones(5))
     assert heard[:, 0].tolist() == [0, 1, 150, 151, 152]
     assert calls == 5

@@ -54,6 +54,16 @@ def test_several_queries_are_distinct_and_ordered(rng, band):
         assert bool((step.diff(dim=1) > 0).all())
 
 
+def test_two_queries_are_drawn_one_after_another_from_the_steps_left(rng):
+    grid, query = shifted_grid(steps=4), BetaQuery(2, 3, per_rollout=2)
+    first, second = query.draw(40_000, grid, rng).step.T
+    pairs = torch.bincount(4 * first + second, minlength=16).view(4, 4) / 40_000
+    p = query.step_probabilities(grid)
+    exact = (p[:, None] * p * (1 / (1 - p[:, None]) + 1 / (1 - p))).triu(1)
+    assert float(exact.sum()) == pytest.approx(1.0)
+    torch.testing.assert_close(pairs.double(), exact, atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("band", sorted(BANDS))
 def test_several_queries_over_sigma_are_distinct_too(rng, band):
     query = BANDS[band](over="sigma", per_rollout=4).draw(2000, GRID, rng)
@@ -85,6 +95,13 @@ def test_stratified_puts_one_query_in_each_part(rng):
     assert torch.equal(step // 4, torch.arange(4).expand(200, -1))
 
 
+def test_stratified_over_sigma_puts_one_query_in_each_part(rng):
+    grid = Grid(torch.tensor([0.9, 0.7, 0.4, 0.1, 0.0]))
+    sigma = StratifiedQuery(over="sigma", per_rollout=3).draw(200, grid, rng).sigma.double()
+    part = 3 * (0.9 - sigma) / (0.9 - 0.1)
+    assert 0.49 < float((part - (torch.arange(3) + 0.5)).abs().max()) < 0.5 + 1e-5
+
+
 @pytest.mark.parametrize("states", [3, 4, 16])
 def test_stratified_steps_have_the_probabilities_that_it_states(states, rng):
     query = StratifiedQuery(per_rollout=states)
@@ -99,8 +116,14 @@ def test_errors_name_what_is_wrong(rng):
         BetaQuery(5, 2, per_rollout=0)
     with pytest.raises(ValueError, match="17 distinct query steps"):
         BetaQuery(5, 2, per_rollout=17).draw(1, GRID, rng)
-    with pytest.raises(ValueError, match="falling strictly"):
-        Grid(torch.tensor([1.0, 0.5, 0.5, 0.0]))
+    for a, b in ((0.0, 2.0), (5.0, -1.0)):
+        with pytest.raises(ValueError, match="needs a, b > 0"):
+            BetaQuery(a, b)
+    for sigmas in ([1.0, 0.5, 0.5, 0.0], [1.0, 0.5, 0.1], [1.1, 0.5, 0.0]):
+        with pytest.raises(ValueError, match="falling strictly from at most 1 to 0"):
+            Grid(torch.tensor(sigmas))
+    with pytest.raises(ValueError, match="found steps 0"):
+        shifted_grid(steps=0)
 
 
 def test_shifted_grid_values():

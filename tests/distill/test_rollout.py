@@ -34,14 +34,18 @@ def test_early_stop_equals_the_full_rollout_bit_for_bit(rng, k):
     assert early.calls == 8 * k
 
 
-def test_compaction_changes_nothing_but_rounding(rng):
+@pytest.mark.parametrize("options", [{}, {"over": "sigma", "per_rollout": 2}])
+def test_compaction_changes_nothing_but_rounding(rng, options):
     net, noise, condition = TinyNet(), torch.randn(32, 4, generator=rng), torch.randn(32, 2, generator=rng)
-    query = BetaQuery(5, 2).draw(32, GRID, rng)
+    query = BetaQuery(5, 2, **options).draw(32, GRID, rng)
     assert len(query.step.unique()) > 4
     result = rollout(net, noise, condition, GRID, query)
-    expected = full_states(net, noise, condition)[torch.arange(32), query.step[:, 0]]
-    torch.testing.assert_close(result.states[:, 0], expected, rtol=1e-5, atol=1e-5)
-    assert result.calls == int(query.step.sum())
+    full = full_states(net, noise, condition)
+    for k, (step, sigma) in enumerate(zip(query.step.T, query.sigma.T, strict=True)):
+        state, here = full[torch.arange(32), step], GRID.sigmas[step]
+        expected = state + (sigma - here)[:, None] * net(state, here, condition)
+        torch.testing.assert_close(result.states[:, k], expected, rtol=1e-5, atol=1e-5)
+    assert result.calls == int((query.step + (query.sigma < GRID.sigmas[query.step])).amax(1).sum())
 
 
 def test_nothing_is_computed_after_the_query(rng):

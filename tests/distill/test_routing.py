@@ -49,6 +49,9 @@ def test_bad_routes_are_refused():
     field = GaussianField(0, 1)
     with pytest.raises(ValueError, match="weight > 0"):
         Route("a", field, lambda n, g: None, weight=0.0)
+    for dropout in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"needs prompt_dropout in \[0, 1\], found {dropout}"):
+            Route("a", field, lambda n, g: None, prompt_dropout=dropout, empty=lambda c: c)
     with pytest.raises(ValueError, match="no empty condition"):
         Route("a", field, lambda n, g: None, prompt_dropout=0.1)
     route = Route("a", field, lambda n, g: None)

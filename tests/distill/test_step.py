@@ -171,6 +171,8 @@ def test_misspelt_options_and_equal_names_are_refused():
         method()
     with pytest.raises(ValueError, match="found 'KL'"):
         VelocityMSE("KL")
+    with pytest.raises(ValueError, match="the timestep weight is zero everywhere on this band and grid"):
+        VelocityMSE("timestep").step_weights(d.shifted_grid(steps=1), low_noise())  # noise alone is asked for
 
 
 def test_shapes_that_differ_run_beside_each_other(rng):
@@ -261,6 +263,20 @@ def test_several_queries_average_and_free_their_graphs(rng, count):
         torch.testing.assert_close(a, b)
 
 
+def test_a_routes_mean_sigma_is_over_its_own_matched_states(rng):
+    student, seen = TinyNet(), []
+    student.register_forward_hook(lambda m, args, out: seen.append(args[1:]) if torch.is_grad_enabled() else None)
+    data = [lambda n, g, number=number: inputs(n, g, condition=number) for number in (0.0, 1.0)]
+    routes = [d.Route(name, GaussianField(0, 1), draw) for name, draw in zip("ab", data, strict=True)]
+    chosen = torch.tensor([0, 1, 1, 1])
+    found = method(*routes, query=low_noise(per_rollout=2)).step(student, batch_size=4, generator=rng, routes=chosen)
+    sigma, condition = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    for number, (name, count) in enumerate({"a": 2, "b": 6}.items()):
+        of_route = sigma[condition[:, 0] == number]
+        assert len(of_route) == count
+        assert found.routes[name].mean_sigma == pytest.approx(float(of_route.mean()))
+
+
 def test_data_states_are_noised_targets_and_need_targets(rng):
     seen = []
 
@@ -281,20 +297,33 @@ def test_data_states_are_noised_targets_and_need_targets(rng):
         method(empty, states="data").step(TinyNet(), batch_size=4, generator=rng)
 
 
-def test_teacher_states_are_the_teachers_rollout(rng):
-    seen, student, teacher = [], TinyNet(), GaussianField(0.5, 0.5)
+def test_teacher_states_are_each_teachers_rollout_under_what_it_is_told(rng):
+    class Told(GaussianField):
+        def velocity(self, z, sigma, condition):
+            return super().velocity(z, sigma) + condition[:, :1]
+
+    def numbered(first):
+        def draw(count, generator):
+            told = (first + torch.arange(count).float())[:, None].expand(count, 2) / 10
+            return d.Samples(condition=told + 50, shape=(4,), field_condition=told)
+
+        return draw
+
+    seen, student, one, two = [], TinyNet(), Told(0.5, 0.5), Told(-1.0, 0.8)
     student.register_forward_hook(lambda module, args, out: seen.append(args))
-    distil, chosen = method(d.Route("r", teacher, inputs), states="teacher"), torch.zeros(64, dtype=torch.int64)
+    distil = method(d.Route("one", one, numbered(0)), d.Route("two", two, numbered(-40)), states="teacher")
     again = torch.Generator()
     again.set_state(rng.get_state())
-    result = distil.step(student, batch_size=64, generator=rng, routes=chosen)
+    result = distil.step(student, batch_size=64, generator=rng, routes=torch.tensor([1, 0, 1, 1] * 16))
     query = low_noise().draw(64, GRID, again)
     z = torch.randn(64, 4, generator=again)
+    told = torch.cat([numbered(0)(16, None).field_condition, numbered(-40)(48, None).field_condition])
     expected = torch.empty_like(z)
     for step, (here, there) in enumerate(GRID.sigmas.unfold(0, 2, 1)):
         asked = query.step[:, 0] == step
         expected[asked] = z[asked]
-        z = z + (there - here) * teacher.velocity(z, here.expand(64))
+        sigma = here.expand(64)
+        z = z + (there - here) * torch.cat([one.velocity(z, sigma, told)[:16], two.velocity(z, sigma, told)[16:]])
     ((states, sigma, _),) = seen  # the student's only pass is the matching one
     assert torch.equal(sigma, GRID.sigmas[query.step[:, 0]])
     torch.testing.assert_close(states, expected)

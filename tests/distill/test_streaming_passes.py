@@ -8,7 +8,7 @@ from closed_forms import GaussianField, TinyNet
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from toy_streaming import Elementwise, Numbered, Recorder, plain, streaming
+from toy_streaming import GRID, Elementwise, Numbered, Recorder, plain, streaming
 
 import danceopd as d
 from danceopd.distill.pool_plan import spread_steps
@@ -249,6 +249,8 @@ def test_initial_steps_are_even():
     [
         ({"query": low_noise(over="sigma")}, "need a query band over 'step', found 'sigma'"),
         ({"query": low_noise(per_rollout=2)}, "need per_rollout 1, found 2"),
+        ({"own": {"grid": GRID}}, "share one number of steps and one band, and route 'b' has its own"),
+        ({"own": {"query": low_noise()}}, "share one number of steps and one band, and route 'b' has its own"),
         ({"pool": 7}, "a pool of 7 is too small: an update may train 4 samples of route 'b', which has 3"),
         ({"per": "step", "pool": 15}, "an update may train 8 samples of route 'b', which has 7"),
         ({"stratified": False, "pool": 15}, "may train 8 samples of route 'b', which has 7"),
@@ -263,10 +265,10 @@ def test_initial_steps_are_even():
 )
 def test_what_cannot_stream_is_refused_by_name(options, message):
     options = dict(options)
-    weight = options.pop("weight", 1)
+    weight, own = options.pop("weight", 1), options.pop("own", {})
     routes = [
         d.Route("a", GaussianField(0, 1), Numbered(), weight=weight),
-        d.Route("b", GaussianField(0, 1), Numbered()),
+        d.Route("b", GaussianField(0, 1), Numbered(), **own),
     ]
     with pytest.raises(ValueError, match=message):
         streaming(*routes, **options)
