@@ -46,6 +46,25 @@ def test_check_says_the_plan():
     assert "already holds a run" not in result.stdout
 
 
+def test_check_says_what_guidance_is_absorbed_and_what_comes_on_top():
+    settings = ["train.batch_size=4", "fields.t2i.guidance_scale=2", "evaluate.guidance_scale=3"]
+    result = run("check", TWO_EXPERTS, *(word for setting in settings for word in ("--set", setting)))
+    assert result.returncode == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert (
+        "guidance absorbed by route: t2i 2, edit none; pictures are drawn under 3, on top of what was absorbed" in said
+    )
+
+
+def test_a_resume_of_nothing_says_so(tmp_path):
+    settings = ["train.steps=1", "train.batch_size=4", f"output={tmp_path / 'run'}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    first, second = (run("train", TWO_EXPERTS, "--resume", *words) for _ in range(2))
+    said = f"no run in {tmp_path / 'run'} to continue; this one begins at update 0"
+    assert said in first.stdout.replace("\n", "")
+    assert said not in second.stdout.replace("\n", "")
+
+
 def test_check_names_an_output_that_holds_a_run(tmp_path):
     settings = ["train.steps=1", "train.batch_size=4", f"output={tmp_path / 'run'}"]
     train(load_recipe(TWO_EXPERTS, settings))

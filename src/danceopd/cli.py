@@ -52,6 +52,13 @@ class ExportFormat(StrEnum):
     merged = "merged"
 
 
+class ExportType(StrEnum):
+    """Types of merged weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -119,7 +126,9 @@ def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the recipe's output folder, or begin one.")
+    ] = False,
     tiny: Tiny = False,
 ) -> None:
     """Train a recipe. Ctrl-C finishes the update, saves, and leaves a run that --resume continues exactly.
@@ -139,6 +148,8 @@ def train(
         return
     with Processes.launched() as processes:
         (loaded, *_) = processes.together(lambda: load_recipe(recipe, overrides))
+        if resume and processes.main and not RunFolder(Path(loaded.output)).trained():
+            console.print(f"no run in {Path(loaded.output).absolute()} to continue; this one begins at update 0")
         folder = run(loaded, resume=resume, processes=processes)
         if processes.main:
             console.print(f"trained; next: danceopd evaluate {folder.path}")
@@ -249,6 +260,9 @@ def export(
         typer.Option("--format", help="lora: for load_lora_weights; peft: for PeftModel; merged: whole weights."),
     ] = None,
     base_id: Annotated[str | None, typer.Option(help="The base's hub id (ORG/NAME), for the model card.")] = None,
+    dtype: Annotated[
+        ExportType | None, typer.Option(help="Of merged weights over diffusers; the base's own by default.")
+    ] = None,
 ) -> None:
     """Write the student so that it fits the original base; it is reloaded and compared before this succeeds."""
     from danceopd.exports import export as run
@@ -257,7 +271,8 @@ def export(
     folder = RunFolder(run_folder)
     if out is None:
         out = Path("student" if is_over_a_pipeline(folder.read_recipe().family) else "student.safetensors")
-    difference = run(folder, out, form=None if form is None else form.value, base_id=base_id)
+    form_name, dtype_name = (None if given is None else given.value for given in (form, dtype))
+    difference = run(folder, out, form=form_name, base_id=base_id, dtype=dtype_name)
     console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from danceopd.families.card import ModelCard
+from danceopd.families.card import HUB_ID, ModelCard
 from danceopd.families.probes import Probes
 from danceopd.families.registry import is_over_a_pipeline
 from danceopd.fields.hub import parse_hub_reference
@@ -22,7 +24,7 @@ from danceopd.fields.weights import (
     save_lora,
     write_safetensors,
 )
-from danceopd.recipe import RecipeError, dump_recipe, parse_recipe
+from danceopd.recipe import Recipe, RecipeError, dump_recipe, parse_recipe
 from danceopd.training.assemble import LoadedModels, load_models
 from danceopd.training.checkpoint import CheckpointFailure, TrainingState
 from danceopd.training.hardware import pick_device
@@ -31,15 +33,34 @@ from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import load_run_models
 
 Format = Literal["lora", "peft", "merged"]
+DType = Literal["fp32", "bf16"]
 
 EXPORT_TOLERANCE = 1e-5
 """Largest difference between the velocities of a student and of its reloaded export, in float32, as a share of the
 largest velocity (or of 1)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MADE_BY = {
+    "danceopd": "trained by on-policy generative field distillation (DanceOPD, arXiv 2606.27377)",
+    "off_policy": "trained by off-policy distillation of several velocity fields",
+    "joint": "trained jointly on all of its data by flow matching",
+    "weight_merge": "merged from the weights of its sources, without training",
+    "diffusion_opd": "trained by on-policy distillation of whole trajectories (DiffusionOPD)",
+    "flow_opd": "trained by on-policy distillation with a policy gradient (Flow-OPD)",
+    "soft_mixing": "trained by on-policy distillation of the average of its fields (soft mixing)",
+}
+"""By method, how a model card's first sentence ends."""
 FREE_TEXT = {"prompt_prefix", "negative_prompt"}
 """Keys of a recipe whose values may begin like a path and are none."""
 
 
-def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id: str | None = None) -> float:
+def export(
+    folder: RunFolder,
+    out: Path,
+    *,
+    form: Format | None = None,
+    base_id: str | None = None,
+    dtype: DType | None = None,
+) -> float:
     """Write the (averaged) student against the ORIGINAL base, reload it, and compare.
 
     A LoRA student becomes one LoRA, whatever it started from (ranks concatenated). The data it was trained on are not
@@ -50,6 +71,7 @@ def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id:
         form: ``"lora"`` as diffusers loads it, ``"peft"``, or ``"merged"``, the whole network; by default lora for a
             LoRA student and merged for a full one.
         base_id: the base's name on the hub, for the model card; the recipe's, or its folder's name, by default.
+        dtype: of the merged weights; the base's own by default.
 
     Returns:
         The largest difference between the reloaded model's velocity and the student's own.
@@ -64,11 +86,17 @@ def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id:
     form = form or ("lora" if is_lora else "merged")
     if form != "merged" and not is_lora:
         raise RecipeError(f"--format {form}: this student is no LoRA, its whole network was trained; use merged")
+    if dtype is not None and (form != "merged" or not is_over_a_pipeline(recipe.family)):
+        raise RecipeError(
+            "--dtype is for merged weights over diffusers; a LoRA is written in float32, as it was trained"
+        )
+    if base_id is not None and not re.fullmatch(HUB_ID, base_id):
+        raise RecipeError(f"--base-id needs the base's id on the hub, ORG/NAME, found {base_id!r}")
     if is_over_a_pipeline(recipe.family):
         require_free(out)
         with folder.owned():
             run, state = load_run_models(folder, device=pick_device(), purpose="exported")
-        return _export_folder(run, out, form, model_card(folder, run, state, base_id))
+        return _export_folder(run, out, form, dtype, model_card(folder, run, state, base_id))
     if form == "peft" or base_id is not None:
         what = "--format peft" if form == "peft" else "--base-id"
         raise RecipeError(f"{what}: family {recipe.family!r} exports single files, without a model card")
@@ -77,22 +105,24 @@ def export(folder: RunFolder, out: Path, *, form: Format | None = None, base_id:
     return _export_file(run, out, form)
 
 
-def _export_folder(run: LoadedModels, out: Path, form: Format, card: ModelCard) -> float:
+def _export_folder(run: LoadedModels, out: Path, form: Format, dtype: DType | None, card: ModelCard) -> float:
     from danceopd.families.export import export_lora, export_merged, export_peft  # needs the extra
 
     family: Any = run.family
     student, lora = run.student.model, run.student.lora()
     if form == "merged" or lora is None:
-        return export_merged(family, _merged(run), student, out, card=card)
+        return export_merged(family, _merged(run, DTYPES[dtype] if dtype else None), student, out, card=card)
     return (export_lora if form == "lora" else export_peft)(family, lora, student, out, card=card)
 
 
-def _merged(run: LoadedModels) -> nn.Module:
-    """A network without adapters that holds the student's weights."""
+def _merged(run: LoadedModels, dtype: torch.dtype | None = None) -> nn.Module:
+    """A network without adapters that holds the student's weights. dtype: of the sums and the weights."""
     lora = run.student.lora()
     if lora is None:
-        return run.student.network
+        return run.student.network if dtype is None else deepcopy(run.student.network).to(dtype)
     network = run.family.load_model().get_submodule("network")
+    if dtype is not None:
+        network.to(dtype)
     merge_lora(network, lora)
     return network
 
@@ -139,9 +169,9 @@ def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_
     recipe, names = run.recipe, _ShortNames(state.hashes)
     public = parse_recipe(_public(recipe.model_dump(mode="json"), names), where="the model card")
     sizes = {part.name or part.field: part.resolution or run.family.size for part in recipe.routes}
-    trained = f"Trained for {state.step} updates of {recipe.train.batch_size} samples by {recipe.method}"
+    updates = f"Trained for {state.step} updates of {recipe.train.batch_size} samples by {recipe.method}"
     areas = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items())
-    limits = [f"{trained}, on images of about the area of {areas} pixels; other sizes were not tried."]
+    limits = [f"{updates}, on images of about the area of {areas} pixels; other sizes were not tried."]
     if recipe.rollout.substeps > 1:
         limits.append(
             f"Taught to sample in {recipe.rollout.num_inference_steps} steps; other numbers of steps were not taught."
@@ -151,9 +181,26 @@ def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_
         fields={name: model_source(public, name) for name in public.fields},
         hashes={names.of_source(source): digest for source, digest in state.hashes.items()},
         recipe=dump_recipe(public),
+        trained=MADE_BY[recipe.method],
+        guidance_scale=recipe.evaluate.guidance_scale,
+        num_inference_steps=recipe.evaluate.num_inference_steps,
+        advice=_advice(recipe),
         scores=_scores(folder),
         limits=limits,
     )
+
+
+def _advice(recipe: Recipe) -> list[str]:
+    """What a user of the student has to know before drawing with it."""
+    advice = []
+    guided = [route.name or route.field for route in recipe.routes if recipe.guidance(route)[0] != 1.0]
+    if guided and recipe.method not in ("joint", "weight_merge"):
+        advice.append(f"It has absorbed guidance ({', '.join(guided)}); guidance of the call multiplies that.")
+    if any(recipe.fields[route.field].prompt_prefix for route in recipe.routes):
+        advice.append("Prompts need no trigger words: each prompt_prefix was said to its field alone.")
+    if recipe.evaluate.shift is not None:
+        advice.append(f"In its run the sampler's shift was {recipe.evaluate.shift:g}, not the pipeline's own.")
+    return advice
 
 
 def _base_name(reference: str) -> str:

@@ -15,6 +15,7 @@ from danceopd.data.images import ImageFile, check_image, write_image_file
 from danceopd.distill.solver import VelocityFunction
 from danceopd.evaluation.pictures import draw, side_by_side
 from danceopd.recipe import EvaluatePart, RecipeError, evaluate_part, with_evaluate
+from danceopd.recipe.wording import nearest
 from danceopd.training.assemble import Assembly, LoadedModels, autocast
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
@@ -49,12 +50,13 @@ def sample_images(
     """
     device = pick_device()
     picture = None if image is None else check_image(image, str(image))
-    folder.read_recipe()  # before the lock, which would make a folder of a mistyped path
+    recipe = folder.read_recipe()  # before the lock, which would make a folder of a mistyped path
+    names = dict.fromkeys(["student", "base", *recipe.fields])
+    if field not in names:
+        raise RecipeError(f"{folder.path} has no field {field!r}{nearest(field, names)}; it has {', '.join(names)}")
     with folder.owned():
         run, _ = load_run_models(folder, device=device, purpose="sampled")
     models = model_velocities(run) | {name: value.velocity for name, value in run.fields.items()}
-    if field not in models:
-        raise RecipeError(f"{folder.path} has no field {field!r}; it has {', '.join(models)}")
     asked: dict[str, Any] = {"seed": seed}
     if guidance_scale is not None:
         asked["guidance_scale"] = guidance_scale

@@ -19,8 +19,8 @@ from danceopd.training.trainer import prepare_recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do, routes, student and streaming rollouts in a sentence each. The calls are expected ones per
-    update, and once per run. carried_megabytes: of what the method carries from update to update."""
+    """What a recipe will do; routes, student, guidance and streaming rollouts in a sentence each. The calls are
+    expected ones per update, and once per run. carried_megabytes: of what the method carries from update to update."""
 
     routes: tuple[str, ...]
     student: str
@@ -33,6 +33,7 @@ class Plan:
     activation_megabytes: float | None = None
     carried_megabytes: float = 0.0
     rollout: str | None = None
+    guidance: str | None = None
 
 
 def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
@@ -58,6 +59,7 @@ def plan(assembly: Assembly, asked: Recipe | None = None) -> Plan:
         trained,
         (_weight_bytes(assembly) + trained * 4 * (2 + moments)) / 2**20,
         rollout=_rollout_sentence(method),
+        guidance=_guidance_sentence(recipe),
     )
 
 
@@ -70,6 +72,17 @@ def _rollout_sentence(method: Method) -> str | None:
     )
 
 
+def _guidance_sentence(recipe: Recipe) -> str | None:
+    """What the routes teach and the pictures are drawn under, where it may not be what is meant."""
+    scales = {route.name or route.field: recipe.guidance(route)[0] for route in recipe.routes}
+    drawn = recipe.evaluate.guidance_scale
+    if set(scales.values()) == {1.0} or (len(set(scales.values())) == 1 and drawn == 1.0):
+        return None
+    taught = ", ".join(f"{name} {scale:g}" if scale != 1.0 else f"{name} none" for name, scale in scales.items())
+    besides = "none" if drawn == 1.0 else f"{drawn:g}, on top of what was absorbed"
+    return f"absorbed by route: {taught}; pictures are drawn under {besides} (evaluate.guidance_scale)"
+
+
 def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float) -> str:
     route, part = assembly.method.routes[index], recipe.routes[index]
     field, data = recipe.fields[part.field], part.data
@@ -78,7 +91,7 @@ def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float
     if field.prompt_prefix:
         words.append(f'told "{field.prompt_prefix}" first')
     if route.guidance is not None:
-        negative = field.negative_prompt if part.negative_prompt is None else part.negative_prompt
+        negative = recipe.guidance(part)[1]
         words.append(f"guidance {route.guidance.guidance_scale:g}" + (f' against "{negative}"' if negative else ""))
     if isinstance(route.field, MeanVelocityField):
         words.append(f"{route.field.substeps} of its steps in one")

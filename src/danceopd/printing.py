@@ -20,8 +20,9 @@ def print_plan(plan: Plan, updates: int, *, tiny: bool) -> None:
     for sentence in plan.routes:
         console.print(Text.assemble(("route ", "bold"), sentence))
     console.print(Text.assemble(("student ", "bold"), plan.student))
-    if plan.rollout is not None:
-        console.print(Text.assemble(("rollouts ", "bold"), plan.rollout))
+    for label, sentence in (("guidance ", plan.guidance), ("rollouts ", plan.rollout)):
+        if sentence is not None:
+            console.print(Text.assemble((label, "bold"), sentence))
     total = plan.rollout_calls + plan.field_calls + 3 * plan.train_calls
     console.print(
         f"per update: {plan.rollout_calls:.0f} rollout + {plan.field_calls:.0f} field network calls, "

@@ -91,13 +91,9 @@ def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:
     free = {"evaluate": recorded.evaluate, "train": asked.train.model_copy(update={"steps": recorded.train.steps})}
     free["output"] = recorded.output  # this folder, whichever way its path is written
     if asked.model_copy(update=free) != recorded:
-        changed = [
-            name
-            for name in Recipe.model_fields
-            if getattr(asked.model_copy(update=free), name) != getattr(recorded, name)
-        ]
+        before, now = recorded.model_dump(mode="json"), asked.model_copy(update=free).model_dump(mode="json")
         raise RecipeError(
-            f"{folder.path} holds a run of another recipe (differing in {', '.join(changed)}); only train.steps and "
+            f"{folder.path} holds a run of another recipe ({'; '.join(_changes(before, now))}); only train.steps and "
             "evaluate may change when it goes on. Choose another output (--set output=DIR; quickstart: --out DIR)"
         )
     if asked.train.steps != recorded.train.steps and asked.train.lr_scheduler != "constant":
@@ -107,6 +103,18 @@ def _same_run(recipe: Recipe, recorded: Recipe, folder: RunFolder) -> Recipe:
             "can be made longer"
         )
     return asked
+
+
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between two contents of recipes, a sentence for each key."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = list(dict.fromkeys([*before, *now]))
+        parts = [(name, before.get(name), now.get(name)) for name in names]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        parts = [(str(index), *pair) for index, pair in enumerate(zip(before, now, strict=True))]
+    else:
+        return [] if before == now else [f"{key}: {json.dumps(before)} there, {json.dumps(now)} now"]
+    return [change for name, old, new in parts for change in _changes(old, new, f"{key}.{name}" if key else name)]
 
 
 def evaluate(folder: RunFolder, part: EvaluatePart | None = None) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Query:
 
 @dataclass(frozen=True)
 class NetworkCalls:
-    """Per-sample network evaluations of one update; a guided field counts every network that it calls."""
+    """Network evaluations of one update: one for each sample of each call; a guided field makes two at a time."""
 
     rollout: int = 0
     field: int = 0
@@ -189,7 +189,7 @@ class NetworkCalls:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedCalls:
-    """Per-sample network evaluations that one training sample costs, in expectation.
+    """Network evaluations that one training sample costs, in expectation.
 
     once: rollout evaluations that a whole run costs besides, before its first update.
     """

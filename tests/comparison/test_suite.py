@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_suites import SEARCH, TINY, single_route, write
 
 from danceopd.comparison.suite import (
@@ -15,7 +16,7 @@ from danceopd.comparison.suite import (
     read_suite_file,
     updates_within,
 )
-from danceopd.recipe import Recipe
+from danceopd.recipe import Recipe, read_yaml
 from danceopd.training.assemble import assemble
 
 SUITES = sorted((Path(__file__).parents[2] / "suites").glob("*.yaml"))
@@ -229,3 +230,13 @@ def test_a_suites_files_are_relative_to_the_suite(tmp_path):
     recipe = TINY["recipe"] | {"routes": [{"field": "t2i", "data": {"manifest": "prompts.jsonl"}}]}
     found = load_suite(write(tmp_path, recipe=recipe, methods={"danceopd": {}})).recipes["danceopd"]
     assert found.routes[0].data.manifest == str(tmp_path / "prompts.jsonl")
+
+
+def test_guidance_is_measured_of_the_recipes_own_base_alone(tmp_path):
+    (cfg,) = (path for path in SUITES if path.name == "cfg.yaml")
+    content = read_yaml(cfg.read_text())
+    content["recipe"]["fields"]["guided_2"] |= {"base": "other/base.safetensors"}
+    path = tmp_path / "cfg.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(SuiteError, match=r"the base's own guidance, and field 'guided_2' is not the base"):
+        load_suite(path)

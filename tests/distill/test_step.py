@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,9 +221,22 @@ def test_a_route_may_draw_several_shapes_and_shares_each_with_other_routes(rng):
     assert {size for size in student.seen if size[0] in (3, 9)} == {(3, 2), (9, 6)}
     result.loss.backward()
     assert float(student.a.grad) != 0
-    short = d.Route("short", GaussianField(1, 1), lambda n, g: [inputs(2, g, 2)])
+
+
+@pytest.mark.parametrize("drawn", [lambda n, g: [inputs(2, g, 2)], lambda n, g: inputs(2, g, 2)])
+def test_a_route_that_draws_another_number_than_it_was_asked_for_is_refused(rng, drawn):
     with pytest.raises(ValueError, match="'short' was asked for 4 samples and drew 2"):
-        method(short).step(student, batch_size=4, generator=rng)
+        method(d.Route("short", GaussianField(1, 1), drawn)).step(LinearStudent(), batch_size=4, generator=rng)
+
+
+def test_a_route_that_draws_another_number_of_targets_is_refused(rng):
+    def drawn(count, generator):
+        return replace(inputs(count, generator, 2), target=torch.zeros(1, 2))
+
+    with pytest.raises(ValueError, match="'short' drew 4 conditions and 1 target images"):
+        method(d.Route("short", GaussianField(1, 1), drawn), states="data").step(
+            LinearStudent(), batch_size=4, generator=rng
+        )
 
 
 def test_calls_are_counted_as_they_happen(rng):

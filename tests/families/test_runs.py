@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -101,6 +102,13 @@ def test_a_recipe_is_checked_trained_resumed_sampled_and_exported(recipe_file, r
         card = (out / "README.md").read_text()
         assert str(tmp_path) not in card
         assert all(digest in card for digest in assembly.hashes.values())
+        told = {"num_inference_steps": part.num_inference_steps, **family.call_options(1.0)}
+        call = ", ".join(f"{name}={value!r}" for name, value in told.items())
+        assert f'image = pipe(prompt="...", {call}).images[0]' in card
+    strong = part.model_copy(update={"guidance_scale": 3.0})
+    ours = draw(student, family, [Example(prompt=prompt) for prompt in PROMPTS], strong)
+    found = pipeline_images(pipeline, case, family, **family.call_options(3.0))
+    torch.testing.assert_close(ours / 2 + 0.5, found, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("mode", "rank", "exported"), [("trainable", 3, 3), ("merged", 4, 3 + 4)])
@@ -268,6 +276,34 @@ def test_an_export_of_another_student_is_not_written(sd3, tmp_path, monkeypatch)
         with pytest.raises(CheckpointError, match="does not give back the student"):
             export(folder, tmp_path / form, form=form)
         assert not (tmp_path / form).exists()
+
+
+def test_a_base_id_that_no_hub_has_and_a_type_of_what_is_not_merged_are_refused(sd3, tmp_path):
+    folder = train(load_recipe(sd3()))
+    with pytest.raises(
+        RecipeError, match="--base-id needs the base's id on the hub, ORG/NAME, found 'lab/model/medium'"
+    ):
+        export(folder, tmp_path / "export", base_id="lab/model/medium")
+    with pytest.raises(RecipeError, match="--dtype is for merged weights"):
+        export(folder, tmp_path / "export", dtype="bf16")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_student_of_a_half_precision_base_merges_in_float32(sd3, tmp_path):
+    folder = train(load_recipe(sd3(base_dtype="bf16")))
+    export(folder, tmp_path / "whole", form="merged", dtype="fp32")
+    export(folder, tmp_path / "lora")
+    whole = SD3Transformer2DModel.from_pretrained(tmp_path / "whole")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
+    rounded = SD3Transformer2DModel.from_pretrained(tmp_path / "base" / "transformer", torch_dtype=torch.bfloat16)
+    pipeline.transformer.load_state_dict(rounded.float().state_dict())
+    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    fused = pipeline.transformer.state_dict()
+    for name, weight in whole.state_dict().items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, fused[name], rtol=0, atol=1e-6)
 
 
 def test_a_student_exports_after_its_data_is_gone(sd3, tmp_path):

@@ -4,8 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from danceopd.evaluation.shapes import score_model
 from danceopd.families.shapes import WEIGHTS, ShapesFamily
 from danceopd.fields.weights import CheckpointError, file_hash, read_safetensors
+from danceopd.recipe import evaluate_part
+from danceopd.training.fields import FieldInput
 from danceopd.world.text import TextEncoder
 
 
@@ -40,3 +43,20 @@ def test_sources_of_another_text_encoder_are_refused(folder):
     save_file(TextEncoder().state_dict(), folder / "text.safetensors")
     with pytest.raises(CheckpointError, match="text encoder of SHA-256"):
         ShapesFamily(str(folder / "base.safetensors"))
+
+
+def test_a_model_is_guided_by_the_empty_prompt_of_the_family_that_it_hears(folder):
+    """The second half of a guided call is the empty condition; here the model's own family's, not the student's."""
+    student, own = ShapesFamily(), ShapesFamily(str(folder / "base.safetensors"))
+    heard = []
+
+    def velocity(z, sigma, condition):
+        heard.append(condition)
+        return z
+
+    part = evaluate_part({"scenes_per_task": 2, "num_inference_steps": 1, "guidance_scale": 2.0, "batch_size": 12})
+    score_model(velocity, student, "t2i", part, encoder=FieldInput(own))
+    (condition,) = heard
+    empty = own.empty(own.encode(["a red circle"], None))
+    assert torch.equal(condition.pooled_embeds[12:], empty.pooled_embeds.expand(12, -1))
+    assert not torch.allclose(empty.pooled_embeds, student.empty(student.encode(["a red circle"], None)).pooled_embeds)

@@ -209,6 +209,10 @@ CARD = ModelCard(
     fields={"realism": "LoRA realism.safetensors, scale 1", "base": "the base | bare"},
     hashes={"realism.safetensors": "ab" * 32},
     recipe="family: sd3\nnote: '```'\n",
+    trained="trained by nobody",
+    guidance_scale=3.0,
+    num_inference_steps=7,
+    advice=["Keep it dry."],
     scores={"GenEval overall": 0.734},
     limits=["Nothing was measured\nabove 1024 x 1024."],
 )

@@ -184,12 +184,24 @@ def sample(folder, out):
     return sample_images(folder, prompts=["a red circle"], image=None, out=out, **options)
 
 
+def test_a_field_that_is_none_is_refused_before_anything_is_loaded(tiny, tmp_path, monkeypatch):
+    folder = train(tiny("train.steps=1"))
+    monkeypatch.delattr("danceopd.pictures.load_run_models")
+    options = {"guidance_scale": 1.0, "num_inference_steps": 1, "seed": 0}
+    with pytest.raises(
+        RecipeError, match=r"no field 'edti' \(did you mean 'edit'\?\); it has student, base, t2i, edit"
+    ):
+        sample_images(folder, prompts=["a red circle"], image=None, out=tmp_path, field="edti", **options)
+
+
 def test_a_finished_or_other_run_is_not_overwritten(tiny, tmp_path):
     train(tiny())
     with pytest.raises(RecipeError, match="already holds a run"):
         train(tiny())
-    with pytest.raises(RecipeError, match="differing in query"):
+    with pytest.raises(RecipeError, match=r'recipe \(query.band: "mid_noise" there, "low_noise" now\); only'):
         train(tiny("query.band=low_noise"), resume=True)
+    with pytest.raises(RecipeError, match=r"recipe \(routes.1.weight: 1.0 there, 3.0 now\); only"):
+        train(tiny("routes.1.weight=3"), resume=True)
     longer = train(tiny("train.steps=8"), resume=True)
     assert [line["step"] for line in longer.metrics()] == list(range(1, 9))
     with pytest.raises(RecipeError, match="already at update 8, found 7; a run goes on, never back"):

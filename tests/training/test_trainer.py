@@ -248,7 +248,7 @@ def test_manifest_lines_that_the_family_cannot_take_are_named_before_training(ti
 
 def test_data_states_over_a_manifest_without_targets_are_refused_before_training(tiny, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "a circle"}))
-    recipe = tiny(f"routes.0.data={{manifest: {tmp_path / 'm.jsonl'}}}", "query.states=data")
+    recipe = tiny(f"routes.0.data={{manifest: {tmp_path / 'm.jsonl'}}}", "method=off_policy", "query.states=data")
     with pytest.raises(RecipeError, match=r"line 1: .*'target'"):
         assemble(recipe, device=CPU)
 

@@ -84,11 +84,12 @@ def read_suite_file(path: Path) -> SuiteFile:
     if not path.is_file():
         raise SuiteError(f"suite not found: {path}")
     try:
-        return SuiteFile.model_validate(read_yaml(path.read_text(encoding="utf-8")))
+        content = read_yaml(path.read_text(encoding="utf-8"))
+        return SuiteFile.model_validate(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
-        raise SuiteError(f"{path}: " + "; ".join(explain(item, SuiteFile) for item in error.errors())) from error
+        raise SuiteError(f"{path}: {explain(error, SuiteFile, content)}") from error
 
 
 def load_suite(path: Path, *, with_search: bool = True) -> Suite:
@@ -144,7 +145,7 @@ def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
                 "guidance_scale or negative_prompt of the route's own"
             )
         field = recipe.fields[route.field]
-        if not field.base or (field.negative_prompt, field.prompt_prefix) != ("", ""):
+        if field.base is not True or (field.negative_prompt, field.prompt_prefix) != ("", ""):
             raise SuiteError(
                 f"{path}: measures.guidance goes by the base's own guidance, and field {route.field!r} is not the "
                 "base, or has a negative_prompt or prompt_prefix"

@@ -184,7 +184,8 @@ def _entry(row: Row, table: Table, columns: Mapping[str, str] | None) -> Entry:
         if column not in COLUMNS:
             raise ManifestError(
                 f"{row.place}: unknown column {column!r}{nearest(column, COLUMNS)}; the columns are "
-                f"{', '.join(table.columns)}, and data.columns may say which of them to use as {', '.join(COLUMNS)}"
+                f"{', '.join(table.columns)}, and data.columns may say which of them to use as {', '.join(COLUMNS)}, "
+                f"as in columns: {{prompt: {column}}}"
             )
     try:
         valid = ManifestRow.model_validate(values)

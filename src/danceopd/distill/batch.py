@@ -113,13 +113,17 @@ def draw_batches(
 def _drawn(route: Route, needed: int, generator: torch.Generator) -> list[tuple[int, Samples]]:
     """The route's samples, with how many there are of each shape signature."""
     samples = route.samples(needed, generator)
-    if isinstance(samples, Samples):
+    if isinstance(samples, Samples) and samples.condition is None:
         return [(needed, samples)]
-    parts = [(count(part.condition), part) for part in samples]
-    found = sum(number for number, _ in parts)
+    parts = [samples] if isinstance(samples, Samples) else samples
+    counted = [(count(part.condition), part) for part in parts]
+    found = sum(number for number, _ in counted)
     if found != needed:
         raise ValueError(f"route {route.name!r} was asked for {needed} samples and drew {found}")
-    return parts
+    for number, part in counted:
+        if part.target is not None and len(part.target) != number:
+            raise ValueError(f"route {route.name!r} drew {number} conditions and {len(part.target)} target images")
+    return counted
 
 
 def joined(batches: Sequence[RoutedBatch]) -> RoutedBatch:

@@ -15,7 +15,7 @@ from danceopd.states import Query, select
 
 @dataclass(frozen=True)
 class Rollout:
-    """states: float32 [B, K, ...], detached; calls: per-sample network evaluations made."""
+    """states: float32 [B, K, ...], detached; calls: network evaluations made, of all samples together."""
 
     states: Tensor
     calls: int

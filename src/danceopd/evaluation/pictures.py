@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,28 +12,24 @@ from torch import Tensor
 from danceopd.data.examples import Example
 from danceopd.distill.solver import VelocityFunction, integrate
 from danceopd.families.family import Family
+from danceopd.fields.guidance import guided_velocity
 from danceopd.recipe import EvaluatePart
-from danceopd.states import concatenate
 
 
 class Encoder(Protocol):
-    """A family, or how a field is told what a prompt asks for."""
+    """How a field is told what a prompt asks for, where not as the student is: by which family, and in which words."""
+
+    @property
+    def family(self) -> Family: ...
 
     def encode(self, prompts: Sequence[str], sources: Sequence[Tensor] | None) -> Any: ...
 
 
 def guided(velocity: VelocityFunction, family: Family, guidance_scale: float) -> VelocityFunction:
-    """``velocity`` under external guidance; 1 leaves it alone."""
+    """``velocity`` under external guidance; 1 leaves it alone. family: of the conditions that it is told."""
     if guidance_scale == 1.0:
         return velocity
-
-    def both(z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
-        doubled = concatenate([condition, family.empty(condition)])
-        v = velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), doubled).float()
-        conditional, empty = v.chunk(2)
-        return family.guide(conditional, empty, guidance_scale)
-
-    return both
+    return partial(guided_velocity, velocity, empty=family.empty, guidance_scale=guidance_scale, combine=family.guide)
 
 
 @torch.no_grad()

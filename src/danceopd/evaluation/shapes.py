@@ -59,12 +59,13 @@ def score_model(
     examples = evaluation_set(tasks, per_task=part.scenes_per_task, seed=part.seed)
     noise = torch.cat([scene_noise(part.seed, index, part.scenes_per_task) for index in range(len(tasks))])
     grid = family.grid(part.num_inference_steps, part.shift)
+    velocity = guided(velocity, family if encoder is None else encoder.family, part.guidance_scale)
     images, whole = [], []
     for first in range(0, len(examples), part.batch_size):
         chunk = examples[first : first + part.batch_size]
         condition = condition_of(chunk, encoder or family)
         z = noise[first : first + len(chunk)].to(condition.prompt_embeds.device)
-        latents = integrate(guided(velocity, family, part.guidance_scale), z, condition, grid)
+        latents = integrate(velocity, z, condition, grid)
         whole += latents.flatten(1).isfinite().all(1).tolist()
         images.append(family.decode(latents).cpu())
         on_batch(len(chunk))
@@ -84,7 +85,7 @@ def scene_noise(seed: int, task: int, count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=generator)
 
 
-def condition_of(examples: Sequence[TextToImage | Edit], encoder: Encoder):
+def condition_of(examples: Sequence[TextToImage | Edit], encoder: Encoder | Family):
     """The condition of evaluation examples of one kind."""
     if isinstance(examples[0], TextToImage):
         return encoder.encode([example.prompt for example in examples if isinstance(example, TextToImage)], None)

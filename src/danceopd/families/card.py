@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
+HUB_ID = r"[\w.-]+/[\w.-]+"
 GUIDANCE = (
     "In the recipe, guidance_scale is alpha in v = v_empty + alpha (v_cond - v_empty), so that 1 is no guidance. "
     "Z-Image's pipelines in diffusers take alpha - 1 under that name."
@@ -18,7 +20,8 @@ GUIDANCE = (
 class Exported:
     """What the card says of the files beside it.
 
-    what: how the card's first sentence begins, up to the base's name. use: the lines that load it, BASE being the base.
+    what: how the card's first sentence begins, up to the base's name. use: the lines that load it into ``pipe``, BASE
+    being the base. call: what the pipeline's call is told so that it draws as the card says.
     checked: what was compared, as the beginning of a sentence that ends in the velocities. difference: the largest
     between the student's velocities and those of the files loaded again. change: the largest between the student's and
     its base's. digests: SHA-256 by the files' names. edits: whether the pipeline that loads it edits images.
@@ -26,6 +29,7 @@ class Exported:
 
     what: str
     use: str
+    call: Mapping[str, Any]
     checked: str
     difference: float
     change: float
@@ -42,6 +46,9 @@ class ModelCard:
     fields: by name, what each field is (its weights, scale, guidance).
     hashes: SHA-256 in hexadecimal by source: weights, data.
     recipe: the recipe's text, whole.
+    trained: how the student was made, as the end of the card's first sentence.
+    guidance_scale, num_inference_steps: of the sampler that it is meant for.
+    advice: on its use, a sentence each.
     scores: by name; none where none were measured, and the card then says so.
     limits: what a user should not expect, a sentence each.
     title: of the page.
@@ -51,6 +58,10 @@ class ModelCard:
     fields: Mapping[str, str]
     hashes: Mapping[str, str]
     recipe: str
+    trained: str
+    guidance_scale: float
+    num_inference_steps: int
+    advice: Sequence[str] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
     limits: Sequence[str] = ()
     title: str = "A student distilled from several fields"
@@ -60,7 +71,7 @@ class ModelCard:
         task = "image-to-image" if export.edits else "text-to-image"
         front: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
         front["tags"] = ["lora", "danceopd"] if export.is_lora else ["danceopd"]
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):
+        if re.fullmatch(HUB_ID, self.base):
             front["base_model"] = self.base
         scores = {name: f"{score:g}" for name, score in self.scores.items()}
         limits = [*self.limits, "The licences of the base and of every field above apply."]
@@ -68,10 +79,10 @@ class ModelCard:
             [
                 f"---\n{yaml.safe_dump(front, allow_unicode=True)}---",
                 f"# {_line(self.title)}",
-                f"{export.what} {_line(self.base)}, trained by on-policy generative field distillation (DanceOPD, "
-                "arXiv 2606.27377).",
+                f"{export.what} {_line(self.base)}, {_line(self.trained)}.",
                 "## Use",
-                _fenced(export.use.replace("BASE", repr(self.base)), "python"),
+                _fenced(f"{export.use.replace('BASE', repr(self.base))}\n{self._call(export)}", "python"),
+                " ".join(["So was it drawn in its run.", *map(_line, self.advice)]),
                 f"Checked when it was written: loaded again over the base, {export.checked} differed from the "
                 f"student's by at most {export.difference:.2g}. The student's differ from the base's by up to "
                 f"{export.change:.2g}.",
@@ -88,6 +99,12 @@ class ModelCard:
                 "\n".join(f"- {_line(limit)}" for limit in limits),
             ]
         ) + "\n"  # fmt: skip
+
+    def _call(self, export: Exported) -> str:
+        options = {"num_inference_steps": self.num_inference_steps, **export.call}
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        image = "  # an edit: image=PICTURE besides" if export.edits else ""
+        return f'image = pipe(prompt="...", {told}).images[0]{image}'
 
 
 def _line(text: str) -> str:

@@ -34,8 +34,10 @@ SHARE_OF_CHANGE = 0.05
 """The same for networks in half precision, as a share of what the student changes of its base: so coarse weights may
 round all of a small change away, however small the difference is beside the velocities."""
 ROUNDINGS = 4
-"""An adapter over a half-precision network, whose own tensors were compared, may besides differ by so many roundings of
-the largest velocity: what the network's sums give in another order."""
+"""An adapter over a half-precision network, whose own tensors were compared, and float32 weights of a student over such
+a network may besides differ by so many roundings of the largest velocity: what the network's sums give in another order
+or type."""
+FLOAT32 = torch.finfo(torch.float32).eps
 
 ADAPTER_CHECK = "the tensors and their scale were the student's, and "
 MERGED_CHECK = "the tensors were those written, bit for bit, and "
@@ -158,7 +160,7 @@ def export_merged(
         use=use,
         checked=MERGED_CHECK,
         is_lora=False,
-        remedy="; what weights of half precision cannot hold, a LoRA can, and so can weights merged in float32",
+        remedy="; what weights of half precision cannot hold, a LoRA can, and so can float32 (--dtype fp32)",
     )
     return _export(family, student, folder, form, card)
 
@@ -181,22 +183,23 @@ def _export(
         found = probes.velocities(family.behind_the_call(network))
         difference = float((found - needed).abs().max())
         largest = max(1.0, float(needed.abs().max()))
-        coarsest = max(torch.finfo(parameter.dtype).eps for parameter in network.parameters())
-        in_half = coarsest > torch.finfo(torch.float32).eps
+        written, own = _coarseness(network), _coarseness(family.network)
+        in_half = max(written, own) > FLOAT32
         allowed = SHARE_OF_CHANGE * change if in_half else TOLERANCE * largest
-        if in_half and form.is_lora:
-            allowed = max(allowed, ROUNDINGS * coarsest * largest)
+        if in_half and (form.is_lora or written <= FLOAT32):
+            allowed = max(allowed, ROUNDINGS * max(written, own) * largest)
         if not difference <= allowed:
             share = difference / change if change else float("inf")
             raise CheckpointError(
                 f"the export does not give back the student: velocities differ by {difference:.2g}, which is "
                 f"{share:.1%} of what the student changes of its base ({change:.2g}); allowed is {allowed:.2g}"
-                f"{form.remedy if in_half else ''}; {folder} was not written"
+                f"{form.remedy if written > FLOAT32 else ''}; {folder} was not written"
             )
         if card is not None:
             exported = Exported(
                 what=form.what,
                 use=form.use,
+                call=family.call_options(card.guidance_scale),
                 checked=f"{form.checked}velocities for {probes.words}",
                 difference=difference,
                 change=change,
@@ -209,6 +212,11 @@ def _export(
         return difference
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _coarseness(network: Any) -> float:
+    """The rounding of the coarsest of its weights."""
+    return max(torch.finfo(parameter.dtype).eps for parameter in network.parameters())
 
 
 def _config(lora: Lora) -> LoraConfig:

@@ -152,5 +152,11 @@ class FluxFamily(PipelineFamily[FluxCondition]):
             guidance = torch.full((len(prompts),), self.embedded_guidance, device=embeds.device)
         return FluxCondition(prompt_embeds=embeds, pooled_embeds=pooled, guidance=guidance)
 
+    def call_options(self, guidance_scale: float) -> dict[str, Any]:
+        embedded = {} if self.embedded_guidance is None else {"guidance_scale": self.embedded_guidance}
+        return (
+            embedded if guidance_scale == 1.0 else {**embedded, "true_cfg_scale": guidance_scale, "negative_prompt": ""}
+        )
+
     def encoder_settings(self) -> dict[str, Any]:
         return super().encoder_settings() | {"embedded_guidance": self.embedded_guidance}

@@ -171,6 +171,10 @@ class PipelineFamily(ABC, Generic[ConditionType]):
     def guide(self, conditional: Tensor, empty: Tensor, guidance_scale: float) -> Tensor:
         return linear_guidance(conditional, empty, guidance_scale)
 
+    def call_options(self, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline's own call is told, so that it draws under ``guidance_scale``."""
+        return {"guidance_scale": guidance_scale}
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return self.loaded.latent_shape(height, width)
 

@@ -86,8 +86,9 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
     """
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"family {family!r} needs the local folder of a diffusers pipeline, found no {INDEX} in {folder}; "
-            "hf download ORG/NAME --local-dir FOLDER makes one (a recipe may also name org/name itself)"
+            f"family {family!r} needs the local folder of a diffusers pipeline, found no {INDEX} in {folder}; in a "
+            "recipe, paths are relative to its own folder. hf download ORG/NAME --local-dir FOLDER makes one (a recipe "
+            "may also name org/name itself)"
         )
     index = read_index(folder)
     found = str(index.get("_class_name"))

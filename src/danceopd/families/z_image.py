@@ -135,6 +135,9 @@ class ZImageFamily(PipelineFamily[ZImageCondition]):
     def behind_the_call(self, network: Any) -> ZImageModel | ZImageOmniModel:
         return ZImageOmniModel(network) if self.can_edit else ZImageModel(network)
 
+    def call_options(self, guidance_scale: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance_scale - 1.0}
+
     def own_size(self) -> tuple[int, int]:
         return 1024, 1024
 

@@ -17,11 +17,32 @@ def linear_guidance(conditional: Tensor, empty: Tensor, guidance_scale: float) -
     return empty + guidance_scale * (conditional - empty)
 
 
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""A family's guidance operation, ``(v_cond, v_empty, alpha) -> v``."""
+
+
+def guided_velocity(
+    velocity: Callable[[Tensor, Tensor, Any], Tensor],
+    z: Tensor,
+    sigma: Tensor,
+    condition: Any,
+    *,
+    empty: Callable[[Any], Any],
+    guidance_scale: float,
+    combine: Combine = linear_guidance,
+) -> Tensor:
+    """``velocity`` under guidance, float32: the condition and its empty one in one call of twice the samples."""
+    both = concatenate([condition, empty(condition)])
+    found = velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), both).float()
+    conditional, unconditional = found.chunk(2)
+    return combine(conditional, unconditional, guidance_scale)
+
+
 class GuidedField:
     """``field`` under guidance of scale alpha; alpha = 1 is the field itself.
 
     empty: maps a condition to its empty (or negative) one; an edit's empty condition keeps the source image.
-    combine: the family's guidance operation ``(v_cond, v_empty, alpha) -> v``; linear by default.
+    combine: the family's guidance operation; linear by default.
 
     Raises:
         ValueError: if the scale is negative or not finite.
@@ -33,7 +54,7 @@ class GuidedField:
         *,
         empty: Callable[[Any], Any],
         guidance_scale: float,
-        combine: Callable[[Tensor, Tensor, float], Tensor] = linear_guidance,
+        combine: Combine = linear_guidance,
     ) -> None:
         if not 0.0 <= guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a finite number >= 0, found {guidance_scale}")
@@ -45,7 +66,12 @@ class GuidedField:
 
     @torch.no_grad()
     def velocity(self, z: Tensor, sigma: Tensor, condition: Any) -> Tensor:
-        both = concatenate([condition, self.empty(condition)])
-        velocity = self.field.velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), both).float()
-        conditional, unconditional = velocity.chunk(2)
-        return self.combine(conditional, unconditional, self.guidance_scale)
+        return guided_velocity(
+            self.field.velocity,
+            z,
+            sigma,
+            condition,
+            empty=self.empty,
+            guidance_scale=self.guidance_scale,
+            combine=self.combine,
+        )

@@ -102,16 +102,22 @@ def load_checkpoint(network: nn.Module, path: Path) -> None:
     """
     found = read_shards(path) if path.name.endswith(".index.json") else read_safetensors(path)[0]
     needed = network.state_dict()
-    problems = [f"missing {name} {tuple(needed[name].shape)}" for name in needed if name not in found]
-    problems += [f"unknown {name} {tuple(found[name].shape)}" for name in found if name not in needed]
-    problems += [
+    missing = [f"missing {name} {tuple(needed[name].shape)}" for name in needed if name not in found]
+    unknown = [f"unknown {name} {tuple(found[name].shape)}" for name in found if name not in needed]
+    unlike = [
         f"{name}: found shape {tuple(found[name].shape)}, needed {tuple(needed[name].shape)}"
         for name in needed
         if name in found and found[name].shape != needed[name].shape
     ]
-    if problems:
-        listed = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise CheckpointError(f"{path} does not fit the model: {listed}")
+    problems = [missing, unknown, unlike]
+    if any(problems):
+        listed = "; ".join(problem for kind in problems for problem in kind[:2])
+        rest = sum(len(kind[2:]) for kind in problems)
+        other = len(unknown) > len(found) // 2
+        raise CheckpointError(
+            f"{path} does not fit the model: {listed}{f'; and {rest} more' if rest else ''}"
+            + (f"; most of its {len(found)} tensors have other names: another model's, or another layout" * other)
+        )
     network.load_state_dict(found)
 
 

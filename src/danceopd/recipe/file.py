@@ -102,7 +102,7 @@ def _validated(model: type[Validated], content: dict[str, Any], where: str) -> V
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(explain(item, model) for item in error.errors())) from error
+        raise RecipeError(f"{where}: {explain(error, model, content)}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

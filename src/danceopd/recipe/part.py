@@ -30,7 +30,9 @@ def _sides(value: Any) -> Any:
     """One number stands for both sides; YAML has lists."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return tuple(value)
+    raise ValueError(f"needs height and width, [768, 1024], or one number for a square, found {value!r}")
 
 
 Side = Annotated[int, Field(ge=1)]

@@ -138,17 +138,17 @@ class Recipe(Part):
                 f"student.init: {name!r} is a full checkpoint, which no LoRA over the base can start from; train all "
                 "weights (student.lora: null)"
             )
+        starts = [field for field, part in self.fields.items() if "base" not in part.references and part.references]
         raise ValueError(
             f"student.init: {name!r} is neither 'base' nor the name of a field of this recipe's base with weights of "
-            "its own ('lora' or 'checkpoint')"
+            f"its own ('lora' or 'checkpoint'){nearest(name, starts)}; such fields here: {', '.join(starts) or 'none'}"
         )
 
     def _check_route(self, index: int, route: RoutePart) -> None:
         field = self.fields[route.field]
         if field.mixture is not None and (route.guidance_scale, route.negative_prompt) != (None, None):
             raise ValueError(f"routes.{index}: a 'mixture' takes no guidance; give it to the fields that are mixed")
-        scale = field.guidance_scale if route.guidance_scale is None else route.guidance_scale
-        if scale == 1.0 and route.negative_prompt is not None:
+        if self.guidance(route)[0] == 1.0 and route.negative_prompt is not None:
             raise ValueError(f"routes.{index}.negative_prompt: needs a 'guidance_scale' other than 1")
         if route.num_inference_steps is not None and self.method in ("joint", "weight_merge"):
             raise ValueError(f"routes.{index}.num_inference_steps: method {self.method!r} makes no rollout")
@@ -159,6 +159,13 @@ class Recipe(Part):
             place = "query" if route.per_rollout is None else f"routes.{index}"
             where = "rollout" if route.num_inference_steps is None else f"routes.{index}"
             raise ValueError(f"{place}.per_rollout {states} exceeds {where}.num_inference_steps {steps}")
+
+    def guidance(self, route: RoutePart) -> tuple[float, str]:
+        """Guidance scale and negative prompt on a route: its own, else its field's."""
+        field = self.fields[route.field]
+        scale = field.guidance_scale if route.guidance_scale is None else route.guidance_scale
+        negative = field.negative_prompt if route.negative_prompt is None else route.negative_prompt
+        return scale, "" if scale == 1.0 else negative
 
     def states_and_steps(self, route: RoutePart) -> tuple[int, int]:
         """States K per rollout and steps N of the grid, on a route."""
@@ -185,8 +192,11 @@ class Recipe(Part):
         self._check_substeps()
         if self.method == "off_policy" and self.query.states == "student":
             raise ValueError("query.states: method 'off_policy' needs 'data' or 'teacher'")
-        if self.method == "soft_mixing" and self.query.states != "student":
-            raise ValueError("query.states: method 'soft_mixing' needs 'student'")
+        if self.method in ("danceopd", "soft_mixing") and self.query.states != "student":
+            raise ValueError(
+                f"query.states: method {self.method!r} asks at the student's own states, found {self.query.states!r}; "
+                "the same loss at noised data or on a field's rollout is method 'off_policy'"
+            )
         if self.method == "diffusion_opd" and self.routing.per == "step":
             raise ValueError("routing.per: method 'diffusion_opd' holds every route in every update")
         if self.method == "soft_mixing":

@@ -3,37 +3,80 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 """Names of fields and of a suite's methods: they are also names of folders, files and keys."""
+
+
+KEY_ERRORS = ("missing", "extra_forbidden")
+"""Pydantic's errors that are about a key and not its value."""
 
 
 class RecipeError(ValueError):
     """A recipe cannot be used; the message names the file, the key, what was found and what is needed."""
 
 
-def explain(item: Any, model: type[BaseModel]) -> str:
-    """One of pydantic's errors on ``model``, in a sentence with the key's place."""
-    place = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(model, item["loc"][:-1])
-        return f"unknown key {place!r}{nearest(str(item['loc'][-1]), known)}; known here: {', '.join(known)}"
-    if item["type"] == "missing":
-        return f"missing key {place!r}"
+def explain(error: ValidationError, model: type[BaseModel], content: Any) -> str:
+    """Pydantic's error on ``model`` in a sentence for each key, with the key's place in ``content``."""
+    items = error.errors()
+    places = [_place(item, content) for item in items]
+    sentences: dict[str, list[str]] = {}
+    for item, place in zip(items, places, strict=True):
+        inside = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+        if item["type"] == "too_short" and inside:  # it counts the valid members alone
+            continue
+        if item["type"] in KEY_ERRORS and place and place[-1] == item["loc"][-1]:
+            sentences[_key_error(item["type"], place, model)] = []
+        else:
+            sentences.setdefault(".".join(map(str, place)), []).append(_value_error(item))
+    return "; ".join(
+        ": ".join(filter(None, [place, ", or ".join(dict.fromkeys(said))])) for place, said in sentences.items()
+    )
+
+
+def _place(item: Any, content: Any) -> tuple[str | int, ...]:
+    """Where an error is, without pydantic's names for the members of a union."""
+    place: list[str | int] = []
+    here, parts = content, item["loc"]
+    for part in parts:
+        known = here if isinstance(here, dict) else range(len(here)) if isinstance(here, list | tuple) else ()
+        if part not in known:
+            is_key = item["type"] in KEY_ERRORS and isinstance(here, dict)
+            return (*place, parts[-1]) if is_key else tuple(place)
+        here = here[part]
+        place.append(part)
+    return tuple(place)
+
+
+def _key_error(kind: str, place: Sequence[str | int], model: type[BaseModel]) -> str:
+    whole, key = ".".join(map(str, place)), str(place[-1])
+    if kind == "missing":
+        return f"missing key {whole!r}"
+    known, homes = _known_keys(model, place[:-1]), sorted(_homes(model, key))
+    hint = f" (a key of {', '.join(homes)})" if homes else nearest(key, known)
+    return f"unknown key {whole!r}{hint}; known here: {', '.join(known)}"
+
+
+def _value_error(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("model_type", "dict_type"):
+        message = "needs keys and values"
+    elif item["type"] == "tuple_type":
+        message = "needs a list"
+    elif item["type"] == "too_short":
+        message = f"needs at least {item['ctx']['min_length']}"
     hidden = isinstance(item["input"], dict | BaseModel) or item["type"] == "value_error"
-    shown = "" if hidden else f", found {item['input']!r}"
-    return f"{place + ': ' if place else ''}{message}{shown}"
+    return message + ("" if hidden else f", found {item['input']!r}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)``, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -48,3 +91,23 @@ def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[s
         if NoneType in get_args(here):
             here = next(member for member in get_args(here) if member is not NoneType)
     return list(here.model_fields)
+
+
+def _homes(model: type[BaseModel], key: str, place: str = "") -> Iterator[str]:
+    """The parts of ``model`` that have a key of this name; the whole is called the top level."""
+    for name, field in model.model_fields.items():
+        if name == key:
+            yield place or "the top level"
+        for part, many in _parts(field.annotation):
+            inner = f"{place}.{name}" if place else name
+            yield from _homes(part, key, f"{inner}.{many}" if many else inner)
+
+
+def _parts(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
+    """The models that an annotation holds, with what stands for a name or an index before each."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, ""
+    for member in get_args(annotation):
+        for part, many in _parts(member):
+            origin = get_origin(annotation)
+            yield part, many or ("NAME" if origin is dict else "N" if origin is tuple else "")

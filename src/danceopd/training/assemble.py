@@ -14,6 +14,7 @@ from danceopd.baselines.diffusion_opd import DiffusionOPD
 from danceopd.baselines.flow_opd import FlowOPD
 from danceopd.baselines.joint import JointTraining
 from danceopd.baselines.merge import merged_loras, merged_weights
+from danceopd.baselines.off_policy import off_policy
 from danceopd.baselines.soft_mixing import soft_mixing
 from danceopd.data.examples import Bucket
 from danceopd.distill.mean_velocity import MeanVelocityField
@@ -31,7 +32,7 @@ from danceopd.fields.adapters import AdapterField
 from danceopd.fields.field import VelocityField
 from danceopd.fields.guidance import GuidedField
 from danceopd.fields.mixture import MixtureField
-from danceopd.recipe import Recipe, RecipeError, RoutePart
+from danceopd.recipe import Recipe, RecipeError
 from danceopd.training.fields import FieldInput, FieldLoader, Sources, adapter_backbone
 from danceopd.training.inputs import RouteSamples, route_examples, use_cache
 from danceopd.training.processes import ALONE, Processes
@@ -154,7 +155,7 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
             part,
             family,
             inputs.get(part.field),
-            _guidance(recipe, part)[1],
+            recipe.guidance(part)[1],
             needs_targets=needs_targets,
             cached=recipe.data_cache is not False,
         )
@@ -166,7 +167,7 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
         field = loaded.fields[part.field]
         if part.field in loaded.bare:
             bare, told = loaded.bare[part.field]
-            field = _guided(bare, *_guidance(recipe, part), told.family)
+            field = _guided(bare, *recipe.guidance(part), told.family)
         routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field), grid))
     loaded.settle(device)
     try:
@@ -200,14 +201,6 @@ def _guided(field: VelocityField, guidance_scale: float, negative_prompt: str, f
     return GuidedField(field, empty=empty, guidance_scale=guidance_scale, combine=family.guide)
 
 
-def _guidance(recipe: Recipe, part: RoutePart) -> tuple[float, str]:
-    """Guidance scale and negative prompt on a route: its own, else its field's."""
-    field = recipe.fields[part.field]
-    scale = field.guidance_scale if part.guidance_scale is None else part.guidance_scale
-    negative = field.negative_prompt if part.negative_prompt is None else part.negative_prompt
-    return scale, "" if scale == 1.0 else negative
-
-
 def _route(
     recipe: Recipe,
     index: int,
@@ -221,7 +214,7 @@ def _route(
     if recipe.rollout.substeps > 1:  # no route then has a grid of its own
         field = MeanVelocityField(field, grid=grid, substeps=recipe.rollout.substeps)
     shape = family.latent_shape(*(bucket.source[0].wanted_size or part.resolution or family.size))
-    negative = _guidance(recipe, part)[1]
+    negative = recipe.guidance(part)[1]
     return Route(
         part.name or part.field,
         field,
@@ -294,8 +287,9 @@ def _method(
             )
         except ValueError as error:
             raise RecipeError(f"rollout: {error}") from error
-    # off_policy differs in its states alone; weight_merge makes no update.
-    return DanceOPD(**common, **routing, **matching, states=query.states)
+    if recipe.method == "off_policy":
+        return off_policy(states=query.states, **common, **routing, **matching)
+    return DanceOPD(**common, **routing, **matching)  # also for weight_merge, which makes no update
 
 
 def _router(recipe: Recipe) -> Router:
