@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -61,8 +62,8 @@ class Route:
             object.__setattr__(self, "empty", guided.empty)
         if self.prompt_dropout is None:
             object.__setattr__(self, "prompt_dropout", GUIDED_PROMPT_DROPOUT if guided is not None else 0.0)
-        if self.weight <= 0:
-            raise ValueError(f"route {self.name!r} needs weight > 0, found {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"route {self.name!r} needs a finite weight > 0, found {self.weight}")
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"route {self.name!r} needs prompt_dropout in [0, 1], found {self.prompt_dropout}")
         if self.dropout > 0 and self.empty is None:
