@@ -38,6 +38,12 @@ def test_the_commands_are_these():
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
+def test_the_command_line_begins_without_the_heavy_stacks():
+    code = "import sys, danceopd.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"diffusers", "transformers", "peft", "accelerate", "matplotlib", "tensorboard"} & set(loaded)
+
+
 def test_check_says_the_plan():
     result = run("check", TWO_EXPERTS, "--set", "train.batch_size=4")
     assert result.returncode == 0, result.stderr

@@ -11,37 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from danceopd.comparison.runner import ComparisonError
-from danceopd.comparison.suite import SuiteError
-from danceopd.data.images import ImageError
-from danceopd.data.rows import ManifestError
-from danceopd.fields.adapters import AdapterMismatch
-from danceopd.fields.weights import CheckpointError
+from danceopd.errors import FailedElsewhere, Interrupted, UserError
 from danceopd.printing import console, print_plan, print_scores, print_stand_ins, print_tiny_run
 from danceopd.recipe import MAX_SEED, Recipe, RecipeError, evaluate_part, load_recipe, with_evaluate
-from danceopd.training.checkpoint import CheckpointFailure
-from danceopd.training.processes import FailedElsewhere, Processes, SeveralProcesses
-from danceopd.training.run_folder import RunFolder, RunFolderBusy
-from danceopd.training.trainer import Interrupted, NonFiniteLoss
-from danceopd.world.build import BuildError
-from danceopd.world.text import UnknownWord
-
-USER_ERRORS = (
-    OSError,
-    SuiteError,
-    ComparisonError,
-    BuildError,
-    RecipeError,
-    ManifestError,
-    ImageError,
-    CheckpointError,
-    AdapterMismatch,
-    CheckpointFailure,
-    RunFolderBusy,
-    NonFiniteLoss,
-    SeveralProcesses,
-    UnknownWord,
-)
 
 
 class ExportFormat(StrEnum):
@@ -104,6 +76,7 @@ def quickstart(
 def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -> None:
     """Validate a recipe completely, without training, and say what it will do."""
     from danceopd.plan import check as run
+    from danceopd.training.run_folder import RunFolder
 
     loaded = load_recipe(recipe, overrides)
     if tiny:
@@ -138,6 +111,8 @@ def train(
     With --tiny: two updates in OUTPUT-tiny, an export of the student, and its reload.
     """
     from danceopd.runs import train as run
+    from danceopd.training.processes import Processes
+    from danceopd.training.run_folder import RunFolder
 
     if tiny:
         if resume:
@@ -172,6 +147,7 @@ def evaluate(
     from danceopd.evaluation.scorers import SCORERS
     from danceopd.pictures import compare_pictures
     from danceopd.runs import evaluate as run
+    from danceopd.training.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
     given = {
@@ -204,6 +180,7 @@ def report(run_folder: RunPath) -> None:
     from danceopd.evaluation.scorers import scorer
     from danceopd.report.overview import write_overview
     from danceopd.report.page import write_report
+    from danceopd.training.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
     scorer(folder.read_recipe().family)
@@ -231,6 +208,7 @@ def sample(
 ) -> None:
     """Draw images with a run's student or one of its fields."""
     from danceopd.pictures import sample_images
+    from danceopd.training.run_folder import RunFolder
 
     if (height is None) != (width is None):
         raise RecipeError("--height and --width belong together")
@@ -267,12 +245,18 @@ def export(
     """Write the student so that it fits the original base; it is reloaded and compared before this succeeds."""
     from danceopd.exports import export as run
     from danceopd.families.registry import is_over_a_pipeline
+    from danceopd.training.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
     if out is None:
         out = Path("student" if is_over_a_pipeline(folder.read_recipe().family) else "student.safetensors")
-    form_name, dtype_name = (None if given is None else given.value for given in (form, dtype))
-    difference = run(folder, out, form=form_name, base_id=base_id, dtype=dtype_name)
+    difference = run(
+        folder,
+        out,
+        form=None if form is None else form.value,
+        base_id=base_id,
+        dtype=None if dtype is None else dtype.value,
+    )
     console.print(f"wrote {out}; reloaded, it differs from the student by at most {difference:.1e}")
 
 
@@ -372,7 +356,7 @@ def main() -> None:
         app()
     except FailedElsewhere:
         sys.exit(2)
-    except USER_ERRORS as error:
+    except (UserError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {type(error).__name__}: ", end="")
         print(" ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)

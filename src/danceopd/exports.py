@@ -26,7 +26,7 @@ from danceopd.fields.weights import (
 )
 from danceopd.recipe import Recipe, RecipeError, dump_recipe, parse_recipe
 from danceopd.training.assemble import LoadedModels, load_models
-from danceopd.training.checkpoint import CheckpointFailure, TrainingState
+from danceopd.training.checkpoint import RunStateError, TrainingState
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_source
 from danceopd.training.run_folder import RunFolder
@@ -78,7 +78,7 @@ def export(
 
     Raises:
         RecipeError: for a form that this student or family cannot take.
-        CheckpointError, CheckpointFailure: if ``out`` is no place for it, or what was written does not reproduce the
+        WeightsError, RunStateError: if ``out`` is no place for it, or what was written does not reproduce the
             student; nothing is left there then.
     """
     recipe = folder.read_recipe()
@@ -129,7 +129,7 @@ def _merged(run: LoadedModels, dtype: torch.dtype | None = None) -> nn.Module:
 
 def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
     if out.suffix != ".safetensors":
-        raise CheckpointFailure(f"exports are written as safetensors; {out} should end in .safetensors")
+        raise RunStateError(f"exports are written as safetensors; {out} should end in .safetensors")
     family, lora = run.family, run.student.lora()
     recorded = {"text": file_hash(family.files["text encoder"])}  # a base beside another one is refused
     out = out.absolute()
@@ -154,7 +154,7 @@ def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
         read, _ = read_safetensors(unverified)
         same = read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in read)
         if not same or not difference <= EXPORT_TOLERANCE * max(1.0, float(needed.abs().max())):
-            raise CheckpointFailure(
+            raise RunStateError(
                 f"the export does not reproduce the student: velocities differ by {difference:.2g}"
                 f"{'' if same else ', and so do the tensors read back'}; {out} was not written"
             )

@@ -13,9 +13,9 @@ from torch import Tensor
 from danceopd.data.examples import Example
 from danceopd.data.images import ImageFile, check_image, write_image_file
 from danceopd.distill.solver import VelocityFunction
+from danceopd.errors import nearest
 from danceopd.evaluation.pictures import draw, side_by_side
 from danceopd.recipe import EvaluatePart, RecipeError, evaluate_part, with_evaluate
-from danceopd.recipe.wording import nearest
 from danceopd.training.assemble import Assembly, LoadedModels, autocast
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities

@@ -151,7 +151,7 @@ def check(recipe: Recipe, *, asked: Recipe | None = None) -> Plan:
     asked: see ``plan``.
 
     Raises:
-        RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit.
+        RecipeError, WeightsError, AdapterMismatch, ManifestError: for whatever does not fit.
     """
     assembly = assemble(prepare_recipe(recipe, pick_device()), device=pick_device())
     generator = torch.Generator().manual_seed(recipe.train.seed)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from closed_forms import GaussianField
@@ -47,8 +49,9 @@ def test_guided_routes_drop_prompts_by_default():
 
 def test_bad_routes_are_refused():
     field = GaussianField(0, 1)
-    with pytest.raises(ValueError, match="weight > 0"):
-        Route("a", field, lambda n, g: None, weight=0.0)
+    for weight in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite weight > 0"):
+            Route("a", field, lambda n, g: None, weight=weight)
     for dropout in (-0.1, 1.5):
         with pytest.raises(ValueError, match=rf"needs prompt_dropout in \[0, 1\], found {dropout}"):
             Route("a", field, lambda n, g: None, prompt_dropout=dropout, empty=lambda c: c)

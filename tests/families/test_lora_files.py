@@ -12,7 +12,7 @@ from danceopd.families.lora_files import read_lora
 from danceopd.families.pipeline_folder import weight_file
 from danceopd.fields.adapters import AdapterBackbone, AdapterModel
 from danceopd.fields.lora import Lora
-from danceopd.fields.weights import CheckpointError, read_safetensors, save_lora
+from danceopd.fields.weights import WeightsError, read_safetensors, save_lora
 from danceopd.tiny.pipelines import flux_pipeline, z_image_pipeline
 
 RANK, ALPHA = 4, 6.0
@@ -132,7 +132,7 @@ def test_peft_keys_without_their_configuration_are_refused(path):
     lora = made(family)
     tensors = renamed(lora, module=lambda target: f"base_model.model.{target}")
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"records no alpha: needed is the adapter_config\.json"):
+    with pytest.raises(WeightsError, match=r"records no alpha: needed is the adapter_config\.json"):
         read_lora(path, family.pipeline)
     save_file(tensors, path, {"alpha": repr(ALPHA)})
     assert read_lora(path, family.pipeline).alpha == ALPHA
@@ -204,23 +204,23 @@ def test_an_alpha_that_the_conversion_drops_is_no_silent_change(path):
     name = "lora_unet_final_layer_linear"
     weights = {f"{name}.lora_down.weight": torch.ones(RANK, 32), f"{name}.lora_up.weight": torch.ones(16, RANK)}
     save_file(kohya_flux() | weights | {f"{name}.alpha": torch.tensor(ALPHA)}, path)
-    with pytest.raises(CheckpointError, match=f"conversion loses '{name}' or its alpha"):
+    with pytest.raises(WeightsError, match=f"conversion loses '{name}' or its alpha"):
         read_lora(path, flux_pipeline())
 
 
 def test_a_layout_without_a_converter_is_refused_by_name(path):
     save_file(kohya_flux(), path)
     pipeline = CASES["sd3"].pipeline()
-    with pytest.raises(CheckpointError, match=r"read for a StableDiffusion3Pipeline: 'lora_unet_double_blocks_0_img_"):
+    with pytest.raises(WeightsError, match=r"read for a StableDiffusion3Pipeline: 'lora_unet_double_blocks_0_img_"):
         read_lora(path, pipeline)
-    with pytest.raises(CheckpointError, match=r"no linear layer of its ZImageTransformer2DModel.*another model"):
+    with pytest.raises(WeightsError, match=r"no linear layer of its ZImageTransformer2DModel.*another model"):
         read_lora(path, z_image_pipeline())
 
 
 def test_a_lora_of_another_model_is_refused(family, case, path):
     other = CASES["z_image" if case is CASES["sd3"] else "sd3"]
     save_file(renamed(made(other.family(other.pipeline())), module=diffusers_names), path)
-    with pytest.raises(CheckpointError, match="is for another model"):
+    with pytest.raises(WeightsError, match="is for another model"):
         read_lora(path, family.pipeline)
 
 
@@ -240,13 +240,13 @@ def test_files_that_are_no_plain_lora_are_refused(path):
         ({f"{first}.lora_A.weight": torch.ones(RANK, 16, 1, 1)}, r"no pair A \[r, in\] and B \[out, r\]"),
     ):
         save_file(tensors | change, path)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(WeightsError, match=message):
             read_lora(path, family.pipeline)
     save_file({key: tensor for key, tensor in tensors.items() if key != f"{first}.lora_B.weight"}, path)
-    with pytest.raises(CheckpointError, match="no pair A"):
+    with pytest.raises(WeightsError, match="no pair A"):
         read_lora(path, family.pipeline)
     save_file({f"{first}.alpha": torch.tensor(2.0)}, path)
-    with pytest.raises(CheckpointError, match="holds no pair of matrices"):
+    with pytest.raises(WeightsError, match="holds no pair of matrices"):
         read_lora(path, family.pipeline)
 
 
@@ -264,17 +264,17 @@ def test_files_that_contradict_themselves_are_refused(path):
         (tensors, {"r": RANK}, "no readable adapter configuration.*lora_alpha"),
     ):
         save_file(held, path, {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})})
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(WeightsError, match=message):
             read_lora(path, family.pipeline)
     save_file(renamed(made(family), module=diffusers_names, alpha=0.0), path)
-    with pytest.raises(CheckpointError, match="no usable alpha"):
+    with pytest.raises(WeightsError, match="no usable alpha"):
         read_lora(path, family.pipeline)
     save_file(tensors, path, {"alpha": "strong"})
-    with pytest.raises(CheckpointError, match="no readable adapter configuration"):
+    with pytest.raises(WeightsError, match="no readable adapter configuration"):
         read_lora(path, family.pipeline)
     twice = renamed(made(family), module=kohya_z_image, a=".lora_down.weight", b=".lora_up.weight", alpha=ALPHA)
     save_file(twice, path, {"alpha": repr(ALPHA)})
-    with pytest.raises(CheckpointError, match="in a layout to be converted"):
+    with pytest.raises(WeightsError, match="in a layout to be converted"):
         read_lora(path, family.pipeline)
 
 
@@ -284,7 +284,7 @@ def test_a_module_that_went_missing_is_noticed(path):
     tensors, metadata = read_safetensors(path)
     lost = min(tensors).rpartition(".lora_")[0]
     save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(f"{lost}.")}, path, metadata)
-    with pytest.raises(CheckpointError, match=f"differ in 1, first '{lost}'"):
+    with pytest.raises(WeightsError, match=f"differ in 1, first '{lost}'"):
         family.load_lora(path)
 
 
@@ -294,7 +294,7 @@ def test_a_folder_means_the_one_lora_in_it(tmp_path, path):
     assert family.load_lora(family.resolve(str(tmp_path))).alpha == ALPHA
     other = tmp_path / "other.safetensors"
     save_lora(made(family), other)
-    with pytest.raises(CheckpointError, match=r"holds 2 safetensors files \(lora.safetensors, other.safetensors\)"):
+    with pytest.raises(WeightsError, match=r"holds 2 safetensors files \(lora.safetensors, other.safetensors\)"):
         weight_file(tmp_path)
     known = other.rename(tmp_path / "pytorch_lora_weights.safetensors")
     assert weight_file(tmp_path) == known

@@ -10,7 +10,7 @@ from tiny_pipelines import CASES
 
 from danceopd.data.examples import Example
 from danceopd.fields.adapters import AdapterBackbone
-from danceopd.fields.weights import CheckpointError, load_checkpoint
+from danceopd.fields.weights import WeightsError, load_checkpoint
 
 
 def velocities(family, model=None):
@@ -45,7 +45,7 @@ def test_weights_may_be_in_shards(case, folder):
     assert sum(name.startswith("transformer/") for name in sharded.files) > 1
     assert torch.equal(velocities(sharded, sharded.load_model(index)), velocities(family))
     next(iter((folder / "transformer").glob("*.safetensors"))).unlink()
-    with pytest.raises(CheckpointError, match="weight file not found"):
+    with pytest.raises(WeightsError, match="weight file not found"):
         load_checkpoint(family.load_model().network, index)
 
 
@@ -69,24 +69,24 @@ def test_own_models_share_nothing_and_leave_adapters_out(case, folder, rng):
 
 
 def test_folders_that_are_no_whole_pipeline_of_the_family_are_refused(case, folder, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no model_index\.json in .*hf download"):
+    with pytest.raises(WeightsError, match=r"no model_index\.json in .*hf download"):
         case.family(tmp_path / "absent")
     shutil.move(folder / "vae", tmp_path / "vae")
-    with pytest.raises(CheckpointError, match=r"names vae, which is not there"):
+    with pytest.raises(WeightsError, match=r"names vae, which is not there"):
         case.family(folder)
     shutil.move(tmp_path / "vae", folder / "vae")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"its vae lacks diffusion_pytorch_model\.safetensors, or "):
+    with pytest.raises(WeightsError, match=r"its vae lacks diffusion_pytorch_model\.safetensors, or "):
         case.family(folder)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no transformer weights in"):
+    with pytest.raises(WeightsError, match="no transformer weights in"):
         case.family(folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "OtherPipeline"}))
-    with pytest.raises(CheckpointError, match="holds a OtherPipeline; family"):
+    with pytest.raises(WeightsError, match="holds a OtherPipeline; family"):
         case.family(folder)
     (folder / "model_index.json").write_text("[")
-    with pytest.raises(CheckpointError, match="is not a pipeline's index"):
+    with pytest.raises(WeightsError, match="is not a pipeline's index"):
         case.family(folder)
 
 
@@ -96,7 +96,7 @@ def test_every_file_that_a_pipeline_needs_is_missed_by_name(case, folder):
     assert len(needed) >= 10
     for path in needed:
         aside = path.rename(path.with_suffix(".aside"))
-        with pytest.raises(CheckpointError, match=re.escape(path.name)) as caught:
+        with pytest.raises(WeightsError, match=re.escape(path.name)) as caught:
             case.family(folder)
         assert path.parent.name in str(caught.value)
         aside.rename(path)
@@ -108,14 +108,14 @@ def test_a_pipelines_index_leads_nowhere_else(tmp_path):
     case.pipeline().save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"../..": ["diffusers", "AutoencoderKL"]}))
-    with pytest.raises(CheckpointError, match=r"names a part that is no folder beside it: '\.\./\.\.'"):
+    with pytest.raises(WeightsError, match=r"names a part that is no folder beside it: '\.\./\.\.'"):
         case.family(folder)
 
 
 def test_weights_of_a_variant_alone_are_named(tmp_path):
     case, folder = CASES["sd3"], tmp_path / "base"
     case.pipeline().save_pretrained(folder, variant="fp16")
-    with pytest.raises(CheckpointError, match=r"needed is .*; found .*\.fp16\..*, a variant: save it without one"):
+    with pytest.raises(WeightsError, match=r"needed is .*; found .*\.fp16\..*, a variant: save it without one"):
         case.family(folder)
 
 
@@ -134,7 +134,7 @@ def test_damaged_files_and_parts_are_named(tmp_path):
     ):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(WeightsError, match=message):
             case.family(folder)
         (folder / name).write_bytes(before)
     vae = case.family(folder).pipeline.vae
@@ -142,16 +142,16 @@ def test_damaged_files_and_parts_are_named(tmp_path):
     vae.save_pretrained(folder / "vae", max_shard_size="20KB")
     shard = min((folder / "vae").glob("*-of-*.safetensors"))
     shard.unlink()
-    with pytest.raises(CheckpointError, match=f"weight file not found: .*{shard.name}"):
+    with pytest.raises(WeightsError, match=f"weight file not found: .*{shard.name}"):
         case.family(folder)
 
 
 def test_samplers_that_are_not_euler_are_refused(case):
     pipeline = case.pipeline()
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, stochastic_sampling=True)
-    with pytest.raises(CheckpointError, match="stochastic_sampling"):
+    with pytest.raises(WeightsError, match="stochastic_sampling"):
         case.family(pipeline)
-    with pytest.raises(CheckpointError, match=r"needs a pipeline of class .*, found Linear"):
+    with pytest.raises(WeightsError, match=r"needs a pipeline of class .*, found Linear"):
         case.family(torch.nn.Linear(1, 1))
 
 

@@ -20,12 +20,12 @@ from danceopd.data.images import read_image_file, write_image_file
 from danceopd.evaluation.pictures import draw
 from danceopd.exports import export
 from danceopd.fields.guidance import GuidedField
-from danceopd.fields.weights import CheckpointError
+from danceopd.fields.weights import WeightsError
 from danceopd.plan import check
 from danceopd.recipe import RecipeError, load_recipe
 from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure
+from danceopd.training.checkpoint import RunStateError
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import load_run, load_run_models
 from recipes import CPU, FAMILY, HEIGHT, PROMPTS, WIDTH, final, picture, write_recipe
@@ -257,7 +257,7 @@ def test_a_full_student_exports_its_whole_transformer(sd3, tmp_path):
     assert all(torch.equal(saved[key], value) for key, value in assembly.student.network.state_dict().items())
     with pytest.raises(RecipeError, match=r"--format lora: this student is no LoRA"):
         export(folder, tmp_path / "again", form="lora")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(WeightsError, match="exists already"):
         export(folder, tmp_path / "export")
 
 
@@ -273,7 +273,7 @@ def test_an_export_of_another_student_is_not_written(sd3, tmp_path, monkeypatch)
 
     monkeypatch.setattr("danceopd.exports.load_run_models", stronger)
     for form in ("lora", "peft", "merged"):
-        with pytest.raises(CheckpointError, match="does not give back the student"):
+        with pytest.raises(WeightsError, match="does not give back the student"):
             export(folder, tmp_path / form, form=form)
         assert not (tmp_path / form).exists()
 
@@ -328,7 +328,7 @@ def test_a_changed_file_of_the_base_refuses_to_resume_by_name(tmp_path):
         before = path.read_text() if path.exists() else None
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
-        with pytest.raises(CheckpointFailure, match=rf"cannot be resumed: {re.escape(name)}: "):
+        with pytest.raises(RunStateError, match=rf"cannot be resumed: {re.escape(name)}: "):
             train(recipe, resume=True)
         path.unlink() if before is None else path.write_text(before)
 
@@ -345,9 +345,9 @@ def test_what_a_family_cannot_do_is_refused_by_name_before_training(sd3, tmp_pat
         check(load_recipe(path, ["embedded_guidance=3.5"]))
     with pytest.raises(RecipeError, match=r"routes\.0\.data\.generator: family 'sd3' has no generated data"):
         check(load_recipe(path, ["routes.0.data={generator: shapes/t2i}"]))
-    with pytest.raises(CheckpointError, match=r"no model_index\.json in .*elsewhere"):
+    with pytest.raises(WeightsError, match=r"no model_index\.json in .*elsewhere"):
         check(load_recipe(path, ["base=elsewhere"]))
-    with pytest.raises(CheckpointError, match=r"holds a StableDiffusion3Pipeline; family 'flux' needs"):
+    with pytest.raises(WeightsError, match=r"holds a StableDiffusion3Pipeline; family 'flux' needs"):
         check(load_recipe(path, ["family=flux"]))
 
 

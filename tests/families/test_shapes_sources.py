@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from danceopd.evaluation.shapes import score_model
 from danceopd.families.shapes import WEIGHTS, ShapesFamily
-from danceopd.fields.weights import CheckpointError, file_hash, read_safetensors
+from danceopd.fields.weights import WeightsError, file_hash, read_safetensors
 from danceopd.recipe import evaluate_part
 from danceopd.training.fields import FieldInput
 from danceopd.world.text import TextEncoder
@@ -36,12 +36,12 @@ def test_the_text_encoder_beside_the_base_is_used(folder):
 
 
 def test_sources_of_another_text_encoder_are_refused(folder):
-    with pytest.raises(CheckpointError, match=r"edit\.safetensors was trained with the text encoder of SHA-256"):
+    with pytest.raises(WeightsError, match=r"edit\.safetensors was trained with the text encoder of SHA-256"):
         ShapesFamily().load_lora(folder / "edit.safetensors")
-    with pytest.raises(CheckpointError, match="text encoder of SHA-256"):
+    with pytest.raises(WeightsError, match="text encoder of SHA-256"):
         ShapesFamily().load_model(folder / "base.safetensors")
     save_file(TextEncoder().state_dict(), folder / "text.safetensors")
-    with pytest.raises(CheckpointError, match="text encoder of SHA-256"):
+    with pytest.raises(WeightsError, match="text encoder of SHA-256"):
         ShapesFamily(str(folder / "base.safetensors"))
 
 

@@ -14,7 +14,7 @@ from danceopd.families.card import ModelCard
 from danceopd.families.export import FILE, export_lora, export_merged, export_peft
 from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel
 from danceopd.fields.lora import Lora
-from danceopd.fields.weights import CheckpointError, file_hash, merge_lora
+from danceopd.fields.weights import WeightsError, file_hash, merge_lora
 
 
 def method_for(family, field, can_edit: bool) -> d.DanceOPD:
@@ -134,11 +134,11 @@ def test_an_export_that_is_not_the_student_is_not_written(case, tmp_path):
     perturb(backbone, "student", 0.3, seed=7)
     lora, student = student_lora(backbone), AdapterModel(backbone, family.model, "student")
     wrong = Lora(rank=RANK, alpha=2 * ALPHA, weights=lora.weights)
-    with pytest.raises(CheckpointError, match=r"does not give back the student.*was not written"):
+    with pytest.raises(WeightsError, match=r"does not give back the student.*was not written"):
         export_lora(family, wrong, student, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
     export_lora(family, lora, student, tmp_path / "export")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(WeightsError, match="exists already"):
         export_lora(family, lora, student, tmp_path / "export")
 
 
@@ -152,7 +152,7 @@ def test_an_export_that_is_not_the_student_for_edits_alone_is_not_written(name, 
     def student(z, sigma, condition):
         return model(z, sigma, condition) + (0.01 if condition.source is not None else 0.0)
 
-    with pytest.raises(CheckpointError, match=r"velocities differ by 0\.01"):
+    with pytest.raises(WeightsError, match=r"velocities differ by 0\.01"):
         export_lora(family, student_lora(backbone), student, tmp_path / "export")
 
 
@@ -179,7 +179,7 @@ def test_bfloat16_weights_are_written_only_where_they_hold_the_student(case, tmp
     backbone = shared_backbone(family)
     student = AdapterModel(backbone, family.model, "student")
     perturb(backbone, "student", 0.01, seed=7)
-    with pytest.raises(CheckpointError, match=r"100\.0% of what the student changes.*a LoRA can.*was not written"):
+    with pytest.raises(WeightsError, match=r"100\.0% of what the student changes.*a LoRA can.*was not written"):
         export_merged(family, family.load_model().network, student, tmp_path / "export")
     perturb(backbone, "student", 0.3, seed=7)
     merged = merged_into(family.load_model().network, student_lora(backbone))
@@ -199,7 +199,7 @@ def test_a_merged_export_is_compared_bit_for_bit(tmp_path, monkeypatch):
             weight[0] -= 1e-6
 
     monkeypatch.setattr(cls, "save_pretrained", nudged)
-    with pytest.raises(CheckpointError, match=r"loaded again, differs in 1 places.*was not written"):
+    with pytest.raises(WeightsError, match=r"loaded again, differs in 1 places.*was not written"):
         export_merged(family, network, family.model, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 

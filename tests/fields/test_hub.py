@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from danceopd.fields import hub
 from danceopd.fields.hub import HubReference, Located, locate, parse_hub_reference
-from danceopd.fields.weights import CheckpointError
+from danceopd.fields.weights import WeightsError
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 PIPELINE = [
@@ -128,9 +128,9 @@ def test_a_checkpoint_is_the_transformer_and_a_lora_the_files_at_the_top(fake):
     assert Path(one.reference).is_file()
     assert one.reference.endswith(f"snapshots/{COMMIT}/checkpoint-500/adapter_model.safetensors")
     assert one.commit == COMMIT
-    with pytest.raises(CheckpointError, match=r"'org/lora' on the hub has no file 'other\.safetensors'"):
+    with pytest.raises(WeightsError, match=r"'org/lora' on the hub has no file 'other\.safetensors'"):
         locate("org/lora@main/other.safetensors", "lora")
-    with pytest.raises(CheckpointError, match="lacks what a base needs: no model_index"):
+    with pytest.raises(WeightsError, match="lacks what a base needs: no model_index"):
         locate("org/lora", "base")
 
 
@@ -160,7 +160,7 @@ def answered(error: type[Exception]) -> Exception:
 )
 def test_what_goes_wrong_is_said_once_and_clearly(fake, kind, error, message):
     fake.error = error
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(WeightsError, match=message):
         locate("org/pipe@v9", kind)
 
 
@@ -168,4 +168,4 @@ def test_offline_without_a_copy_the_real_client_ends_in_the_same_error(tmp_path)
     script = "from danceopd.fields.hub import locate; locate('org/name', 'lora')"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert "CheckpointError: 'org/name' is no local path, is not whole in the hub's cache" in done.stderr
+    assert "WeightsError: 'org/name' is no local path, is not whole in the hub's cache" in done.stderr

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from danceopd.fields.lora import Lora
 from danceopd.fields.weights import (
-    CheckpointError,
+    WeightsError,
     file_hash,
     load_checkpoint,
     load_lora,
@@ -50,7 +50,7 @@ def test_a_checkpoint_in_shards_loads_exactly_and_only_whole(tmp_path):
         ({"weight_map": places | {"fc_in.bias": "../one.safetensors"}}, "outside its own folder"),
         ({"weights": places}, "is not an index of safetensors files"),
     ):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(WeightsError, match=message):
             load_checkpoint(net, write_shards(tmp_path, wrong))
 
 
@@ -70,7 +70,7 @@ def test_one_wrong_tensor_refuses_the_checkpoint_and_loads_nothing(tmp_path, dam
         "unknown": "unknown fc_extra.bias",
         "shape": r"found shape \(5,\), needed \(4,\)",
     }
-    with pytest.raises(CheckpointError, match=expected[damage]):
+    with pytest.raises(WeightsError, match=expected[damage]):
         load_checkpoint(net, tmp_path / "net.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), TinyNet().parameters(), strict=True))
 
@@ -78,12 +78,12 @@ def test_one_wrong_tensor_refuses_the_checkpoint_and_loads_nothing(tmp_path, dam
 def test_pickles_are_never_read(tmp_path):
     path = tmp_path / "net.pt"
     torch.save(TinyNet().state_dict(), path)
-    with pytest.raises(CheckpointError, match="pickle"):
+    with pytest.raises(WeightsError, match="pickle"):
         read_safetensors(path)
     path.rename(tmp_path / "net.safetensors")  # and not under another name either
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
         read_safetensors(tmp_path / "net.safetensors")
-    with pytest.raises(CheckpointError, match="not found"):
+    with pytest.raises(WeightsError, match="not found"):
         read_safetensors(tmp_path / "nothing.safetensors")
 
 
@@ -100,7 +100,7 @@ def test_a_lora_must_be_whole_and_record_its_alpha(tmp_path):
         (good | {"g.lora_A.weight": torch.zeros(5, 3), "g.lora_B.weight": torch.zeros(4, 5)}, {"alpha": "8"}, "ranks"),
     ]:
         save_file(content, path, metadata)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(WeightsError, match=message):
             load_lora(path)
 
 
@@ -112,7 +112,7 @@ def test_a_module_that_went_missing_from_a_lora_is_noticed(tmp_path):
     assert load_lora(path).targets == ("fc", "out")
     _, metadata = read_safetensors(path)
     save_file({name: tensor for name, tensor in whole.items() if name.startswith("fc.")}, path, metadata)
-    with pytest.raises(CheckpointError, match="differ in 1, first 'out'"):
+    with pytest.raises(WeightsError, match="differ in 1, first 'out'"):
         load_lora(path)
 
 
@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, mon
 
     monkeypatch.setattr("danceopd.fields.weights.save_file", full)
     (tmp_path / "x.safetensors").write_bytes(b"before")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors could not be written: No space left on device"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors could not be written: No space left on device"):
         write_safetensors({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert (tmp_path / "x.safetensors").read_bytes() == b"before"

@@ -14,13 +14,13 @@ from danceopd.fields.adapters import AdapterMismatch
 from danceopd.fields.hub import Located
 from danceopd.fields.lora import Lora
 from danceopd.fields.offload import OffloadedField
-from danceopd.fields.weights import CheckpointError, load_lora, merge_lora, save_lora, source_hash
+from danceopd.fields.weights import WeightsError, load_lora, merge_lora, save_lora, source_hash
 from danceopd.plan import plan
 from danceopd.recipe import RecipeError
 from danceopd.runs import train
 from danceopd.training import fields as live_fields
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure
+from danceopd.training.checkpoint import RunStateError
 from danceopd.training.fields import FieldLoader, Sources, adapter_backbone
 from danceopd.training.trainer import load_run
 
@@ -93,7 +93,7 @@ def test_a_source_that_does_not_fit_is_refused_by_its_field_and_its_file(tiny, c
     save_lora(Lora(rank=2, alpha=2.0, weights=foreign), tmp_path / "foreign.safetensors")
     with pytest.raises(AdapterMismatch, match=r"^fields\.other: LoRA 'field_other' adapts 1 modules that"):
         assemble(tiny(f"fields.other={{lora: {tmp_path}/foreign.safetensors}}"), device=CPU)
-    with pytest.raises(CheckpointError, match=r"^fields\.other: .*full\.safetensors"):
+    with pytest.raises(WeightsError, match=r"^fields\.other: .*full\.safetensors"):
         assemble(tiny(f"fields.other={{lora: {checkpoint}}}"), device=CPU)
 
 
@@ -232,17 +232,17 @@ def test_any_source_that_changed_since_the_run_began_stops_its_resumption(tiny, 
     changed = tmp_path / "two.safetensors"
     before = changed.read_bytes()
     save_file({name: weights[name] * 2 for name in shards[changed.name]}, changed)
-    with pytest.raises(CheckpointFailure, match=r"sources changed since this run began.*net\.safetensors\.index\.json"):
+    with pytest.raises(RunStateError, match=r"sources changed since this run began.*net\.safetensors\.index\.json"):
         train(recipe(2), resume=True)
     changed.write_bytes(before)
     commits[0] = "b" * 40
-    with pytest.raises(CheckpointFailure, match=r"org/lora: commit: \"aaaa.* then, \"bbbb.* now"):
+    with pytest.raises(RunStateError, match=r"org/lora: commit: \"aaaa.* then, \"bbbb.* now"):
         train(recipe(2), resume=True)
     commits[0] = "a" * 40
     lora = tmp_path / "lora.safetensors"
     before = lora.read_bytes()
     save_lora(load_lora(WEIGHTS / "local.safetensors"), lora)
-    with pytest.raises(CheckpointFailure, match=r"lora\.safetensors: .*org/lora: "):
+    with pytest.raises(RunStateError, match=r"lora\.safetensors: .*org/lora: "):
         train(recipe(2), resume=True)
     lora.write_bytes(before)
     train(recipe(2), resume=True)
@@ -256,7 +256,7 @@ def test_a_sources_hash_covers_all_that_it_is_made_of(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
         found.add(source_hash(tmp_path / "adapter_model.safetensors"))
     assert len(found) == 3
-    with pytest.raises(CheckpointError, match="weight file not found"):
+    with pytest.raises(WeightsError, match="weight file not found"):
         source_hash(tmp_path / "absent.safetensors")
 
 

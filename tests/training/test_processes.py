@@ -17,7 +17,7 @@ from danceopd.recipe import RecipeError, dump_recipe
 from danceopd.runs import train
 from danceopd.training import processes as processes_module
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
+from danceopd.training.checkpoint import RunStateError, checkpoints, load_checkpoint_state
 from danceopd.training.optimizer import make_optimizer
 from danceopd.training.processes import Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder
@@ -113,7 +113,7 @@ def test_streaming_processes_go_on_exactly_after_a_kill(tiny, tmp_path):
         one, other = (load_file(path / name) for path in last)
         assert all(torch.equal(one[key], other[key]) for key in one)
 
-    with pytest.raises(CheckpointFailure, match="was written by 2 processes, and this run has one process"):
+    with pytest.raises(RunStateError, match="was written by 2 processes, and this run has one process"):
         train(cut, resume=True)
 
 

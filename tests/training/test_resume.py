@@ -11,15 +11,16 @@ from processes import assert_same_run, final, finish, kill_at, start, wait_for_s
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from danceopd.errors import Interrupted
 from danceopd.evaluation.shapes import ShapesScorer
 from danceopd.exports import export
 from danceopd.pictures import sample_images
 from danceopd.recipe import RecipeError
 from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
+from danceopd.training.checkpoint import RunStateError, checkpoints, load_checkpoint_state
 from danceopd.training.run_folder import RunFolder, RunFolderBusy
-from danceopd.training.trainer import Interrupted, Trainer
+from danceopd.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("routes", ["routing.per=sample", "routing={per: step, stratified: false}"])
@@ -110,23 +111,23 @@ def test_damaged_checkpoints_are_refused_by_name(tiny):
         {**whole, "x": whole[name].clone()},
     ):
         save_file(broken, path / "student.safetensors")
-        with pytest.raises(CheckpointFailure, match=r"student\.safetensors does not fit this run at"):
+        with pytest.raises(RunStateError, match=r"student\.safetensors does not fit this run at"):
             train(tiny("train.steps=8"), resume=True)
     save_file(whole, path / "student.safetensors")
     moments = load_file(path / "optimizer.safetensors")
     moments.pop("0.exp_avg")
     save_file(moments, path / "optimizer.safetensors")
-    with pytest.raises(CheckpointFailure, match=r"at '0.exp_avg': found nothing, needed \("):
+    with pytest.raises(RunStateError, match=r"at '0.exp_avg': found nothing, needed \("):
         train(tiny("train.steps=8"), resume=True)
     without = {key: value for key, value in moments.items() if not key.startswith("0.")}
     save_file(without, path / "optimizer.safetensors")
-    with pytest.raises(CheckpointFailure, match=r"at '0\.exp_avg': found nothing, needed \("):
+    with pytest.raises(RunStateError, match=r"at '0\.exp_avg': found nothing, needed \("):
         train(tiny("train.steps=8"), resume=True)
     (path / "optimizer.safetensors").write_bytes(b"half")
-    with pytest.raises(CheckpointFailure, match=r"optimizer\.safetensors cannot be read"):
+    with pytest.raises(RunStateError, match=r"optimizer\.safetensors cannot be read"):
         train(tiny("train.steps=8"), resume=True)
     (path / "state.json").write_text("{")
-    with pytest.raises(CheckpointFailure, match=r"state\.json cannot be read"):
+    with pytest.raises(RunStateError, match=r"state\.json cannot be read"):
         train(tiny("train.steps=8"), resume=True)
 
 
@@ -221,7 +222,7 @@ def test_a_source_that_changed_is_refused_on_resume(tiny):
     folder = train(tiny())
     path = checkpoints(folder.checkpoints)[-1] / "state.json"
     path.write_text(path.read_text().replace(load_checkpoint_state(path.parent).hashes["shapes:edit"], "0" * 64))
-    with pytest.raises(CheckpointFailure, match="shapes:edit"):
+    with pytest.raises(RunStateError, match="shapes:edit"):
         train(tiny("train.steps=8"), resume=True)
     assert folder.read_recipe().train.steps == 6  # what was refused is not recorded either
 

@@ -10,7 +10,7 @@ from danceopd.plan import check
 from danceopd.recipe import RecipeError
 from danceopd.runs import train
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
+from danceopd.training.checkpoint import RunStateError, checkpoints, load_checkpoint_state
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import Trainer
 
@@ -89,7 +89,7 @@ def test_check_says_that_the_shares_are_the_first_ones(tiny):
 def test_a_run_without_its_routers_state_is_not_resumed(tiny):
     folder = train(tiny(GAP, "train.steps=2"))
     (checkpoints(folder.checkpoints)[-1] / "method.safetensors").unlink()
-    with pytest.raises(CheckpointFailure, match=r"method\.safetensors does not fit this run: 'loss_averages'"):
+    with pytest.raises(RunStateError, match=r"method\.safetensors does not fit this run: 'loss_averages'"):
         train(tiny(GAP), resume=True)
 
 

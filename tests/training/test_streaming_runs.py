@@ -12,7 +12,7 @@ from danceopd.plan import check
 from danceopd.recipe import RecipeError
 from danceopd.runs import train
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, load_checkpoint_state
+from danceopd.training.checkpoint import RunStateError, checkpoints, load_checkpoint_state
 
 STREAMING = ["rollout={num_inference_steps: 4, mode: streaming, pool: 16}"]
 
@@ -53,10 +53,10 @@ def test_a_damaged_pool_is_refused_by_name(tiny):
     path = checkpoints(folder.checkpoints)[-1] / "method.safetensors"
     tensors = load_file(path)
     save_file({name: tensor for name, tensor in tensors.items() if name != "0.seed"}, path)
-    with pytest.raises(CheckpointFailure, match=r"method\.safetensors does not fit this run: '0\.seed'"):
+    with pytest.raises(RunStateError, match=r"method\.safetensors does not fit this run: '0\.seed'"):
         train(tiny(*STREAMING), resume=True)
     path.unlink()
-    with pytest.raises(CheckpointFailure, match=r"method\.safetensors does not fit this run"):
+    with pytest.raises(RunStateError, match=r"method\.safetensors does not fit this run"):
         train(tiny(*STREAMING), resume=True)
 
 

@@ -27,7 +27,7 @@ from danceopd.runs import evaluate, model_velocities, quickstart, train
 from danceopd.training import checkpoint as checkpoint_module
 from danceopd.training import trainer as trainer_module
 from danceopd.training.assemble import assemble
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints
+from danceopd.training.checkpoint import RunStateError, checkpoints
 from danceopd.training.ema import EMA
 from danceopd.training.optimizer import learning_rate_factor
 from danceopd.training.processes import SeveralProcesses
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, monkeypatch):
         real(tensors, path, *args)
 
     monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(CheckpointFailure, match="No space left on device; the previous one, step-000001, is whole"):
+    with pytest.raises(RunStateError, match="No space left on device; the previous one, step-000001, is whole"):
         trainer.save()
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000001"]
     monkeypatch.undo()
@@ -176,7 +176,7 @@ def test_an_export_that_does_not_reproduce_the_student_is_refused(tiny, tmp_path
     folder = train(tiny("train.steps=2"))
     wrong = lambda lora, path, metadata=None: save_lora(replace(lora, alpha=lora.alpha * 3), path)  # noqa: E731
     monkeypatch.setattr(exports, "save_lora", wrong)
-    with pytest.raises(CheckpointFailure, match="does not reproduce the student"):
+    with pytest.raises(RunStateError, match="does not reproduce the student"):
         export(folder, tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("*out.safetensors"))
 
@@ -228,9 +228,9 @@ def test_a_finished_run_is_used_without_its_training_data(tiny, tmp_path):
         train(recipe, resume=True)
     state = checkpoints(folder.checkpoints)[-1] / "state.json"
     state.write_text(state.read_text().replace(report["hashes"]["shapes:edit"], "0" * 64))
-    with pytest.raises(CheckpointFailure, match="so it cannot be evaluated: shapes:edit"):
+    with pytest.raises(RunStateError, match="so it cannot be evaluated: shapes:edit"):
         evaluate(folder)
-    with pytest.raises(CheckpointFailure, match="so it cannot be exported"):
+    with pytest.raises(RunStateError, match="so it cannot be exported"):
         export(folder, tmp_path / "out.safetensors")
 
 
@@ -258,7 +258,7 @@ def test_scores_of_an_earlier_update_make_no_report(tiny):
     evaluate(folder)
     write_report(folder)
     train(tiny("train.steps=4"), resume=True)
-    with pytest.raises(CheckpointFailure, match=r"is of update 2, the run at step-000004; run: danceopd evaluate"):
+    with pytest.raises(RunStateError, match=r"is of update 2, the run at step-000004; run: danceopd evaluate"):
         write_report(folder)
 
 
@@ -362,14 +362,14 @@ def test_a_manifest_that_changed_is_refused_on_resume(tiny, tmp_path):
     recipe = manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"})
     train(recipe)
     changed = manifest_recipe(tiny, tmp_path, {"prompt": "a blue circle"})
-    with pytest.raises(CheckpointFailure, match="data of t2i"):
+    with pytest.raises(RunStateError, match="data of t2i"):
         train(changed.model_copy(update={"train": changed.train.model_copy(update={"steps": 8})}), resume=True)
 
 
 def test_a_generator_that_changed_is_refused_on_resume(tiny, monkeypatch):
     train(tiny())
     monkeypatch.setattr(generator, "render", lambda scene: 0.5 * render(scene))
-    with pytest.raises(CheckpointFailure, match=r"data of edit: .*data of t2i"):
+    with pytest.raises(RunStateError, match=r"data of edit: .*data of t2i"):
         train(tiny("train.steps=8"), resume=True)
 
 

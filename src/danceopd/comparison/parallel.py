@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from danceopd.training.trainer import Interrupted
+from danceopd.errors import Interrupted
 
 Item = TypeVar("Item")
 _STOPPING = (signal.SIGINT, signal.SIGTERM)

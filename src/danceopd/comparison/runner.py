@@ -14,13 +14,14 @@ from danceopd.comparison.measures import MEASURES, measured, scores
 from danceopd.comparison.parallel import in_parallel
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.suite import Suite, digest, updates_within
+from danceopd.errors import UserError
 from danceopd.evaluation.scorers import scorer
 from danceopd.files import write_text
 from danceopd.recipe import Recipe
 from danceopd.runs import train
 from danceopd.states import NetworkCalls
 from danceopd.training.assemble import Assembly, assemble, load_models
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, keep_averaged, load_checkpoint_state
+from danceopd.training.checkpoint import RunStateError, checkpoints, keep_averaged, load_checkpoint_state
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
 from danceopd.training.run_folder import RunFolder
@@ -31,7 +32,7 @@ SCORING: int | None = None
 """Raised when code changes what a measure finds of the same weights, so that no suite mixes old figures with new."""
 
 
-class ComparisonError(RuntimeError):
+class ComparisonError(UserError, RuntimeError):
     """A comparison cannot go on; the message names the folder and the way out."""
 
 
@@ -148,7 +149,7 @@ def _point(
                 report(f"{method}, seed {seed}: to update {updates}")
                 keep_averaged(_trained_to(recipe, folder), kept)
             assembly, state = load_run(folder, device=pick_device(), purpose="scored", checkpoint=kept)
-        except (CheckpointFailure, NonFiniteLoss) as error:
+        except (RunStateError, NonFiniteLoss) as error:
             raise ComparisonError(f"{method}, seed {seed}, in {folder.path}: {error}") from error
         assembly = replace(assembly, recipe=recipe)  # the recorded one may be further on, or of another folder
         spent = {

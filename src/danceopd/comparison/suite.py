@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from danceopd.comparison.search_file import SearchFile, SearchMismatch, read_search
 from danceopd.comparison.suite_file import ClaimPart, MeasuresPart, PaperPart, SearchPart, SuiteFile
+from danceopd.errors import UserError
 from danceopd.recipe import IDLE, METHODS, Recipe, RecipeError, override, parse_recipe, read_yaml, with_absolute_files
 from danceopd.recipe.wording import explain
 
@@ -27,7 +28,7 @@ UNSET = "set by the suite"
 """A suite's recipe has no output of its own; each run's is ``Suite.run_recipe``'s."""
 
 
-class SuiteError(ValueError):
+class SuiteError(UserError, ValueError):
     """A suite cannot be run; the message names the file, what was found and what is needed."""
 
 
@@ -85,9 +86,10 @@ def read_suite_file(path: Path) -> SuiteFile:
         raise SuiteError(f"suite not found: {path}")
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
-        return SuiteFile.model_validate(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return SuiteFile.model_validate(content)
     except ValidationError as error:
         raise SuiteError(f"{path}: {explain(error, SuiteFile, content)}") from error
 

@@ -7,22 +7,18 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from danceopd.comparison.results import GROUPS
+from danceopd.errors import nearest
 from danceopd.recipe import MAX_SEED
-from danceopd.recipe.wording import NAME, nearest
+from danceopd.recipe.part import Part
+from danceopd.recipe.wording import NAME
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class SuitePart(BaseModel):
-    """Strict: unknown keys fail, and nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class GuidancePart(SuitePart):
+class GuidancePart(Part):
     """Measure the students' effective guidance, and their scores under external guidance."""
 
     scales: tuple[Finite, ...] = Field(
@@ -37,23 +33,23 @@ class GuidancePart(SuitePart):
         return self
 
 
-class RealismPart(SuitePart):
+class RealismPart(Part):
     """Measure the share of the realism gap between base and teacher that the students close."""
 
     teacher: str = Field(description="The field that was tuned for the reward.")
 
 
-class StalenessPart(SuitePart):
+class StalenessPart(Part):
     """Show the staleness of streaming rollouts beside the scores."""
 
 
-class ExposurePart(SuitePart):
+class ExposurePart(Part):
     """Measure how far students are from their fields on their own states and on noised data."""
 
     inputs_per_route: int = Field(default=32, ge=2, description="Inputs of each route, drawn apart.")
 
 
-class MeasuresPart(SuitePart):
+class MeasuresPart(Part):
     """What is measured besides the scores."""
 
     guidance: GuidancePart | None = Field(default=None, description="Absorbed guidance.")
@@ -62,7 +58,7 @@ class MeasuresPart(SuitePart):
     staleness: StalenessPart | None = Field(default=None, description="Staleness of streaming rollouts.")
 
 
-class SearchPart(SuitePart):
+class SearchPart(Part):
     """The settings search: every method's grid has the same number of trials, on seeds and scenes of its own."""
 
     updates: int = Field(ge=1, description="Optimiser updates of a trial.")
@@ -80,7 +76,7 @@ class SearchPart(SuitePart):
     )
 
 
-class ClaimPart(SuitePart):
+class ClaimPart(Part):
     """A claim and where its interval must lie.
 
     Either a method over another (``method``, ``over``, ``capability``, ``view``), which holds above 0; or a measured
@@ -120,14 +116,14 @@ class ClaimPart(SuitePart):
         )
 
 
-class PaperPart(SuitePart):
+class PaperPart(Part):
     """The paper's figures, put beside ours."""
 
     what: str = Field(description="What the figures are.")
     figures: dict[str, str] = Field(description="By method or source.")
 
 
-class SuiteFile(SuitePart):
+class SuiteFile(Part):
     """The content of a suite's YAML file."""
 
     version: int = Field(ge=1, le=1, description="Version of this format.")

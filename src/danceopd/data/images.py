@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from danceopd.errors import UserError
+
 PIXEL_LIMIT = 2**26
 """The largest image that is read, 67 megapixels (8192 x 8192): a larger one is a mistake, or an attack on memory."""
 
@@ -23,7 +25,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """What counts as an image in a folder of images."""
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """An image cannot be used; the message names it."""
 
 

@@ -15,8 +15,8 @@ from danceopd.data.buckets import Buckets
 from danceopd.data.examples import Example
 from danceopd.data.images import ImageError, ImageFile, check_image
 from danceopd.data.rows import ManifestError, Row, Table, list_images, read_table
+from danceopd.errors import nearest
 from danceopd.recipe.sources import COLUMNS
-from danceopd.recipe.wording import nearest
 
 PACK_FOLDER = Path(__file__).parent / "packs"
 FOLDER_COLUMNS = {"prompt": "text", "target": "file_name"}

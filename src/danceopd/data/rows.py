@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.data.images import SUFFIXES
+from danceopd.errors import UserError
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError, ValueError):
     """A manifest cannot be used; the message names the file and the row."""
 
 

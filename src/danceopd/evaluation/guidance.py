@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danceopd.distill.rollout import rollout
 from danceopd.distill.schedule import Grid
 from danceopd.distill.solver import VelocityFunction
+from danceopd.evaluation.exposure import own_states
 from danceopd.families.family import Family
-from danceopd.states import Query
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,13 @@ def student_guidance(
     rollout for each prompt and noise [n, ...]. Every state counts alike, in the velocity's own metric.
     """
     found: dict[float, list[GuidanceSums]] = {0.0: [], **{scale: [] for scale in scales}}
-    steps = torch.arange(grid.steps)
     for first in range(0, len(prompts), batch_size):
         condition = family.encode(prompts[first : first + batch_size], None)
         z = noise[first : first + batch_size].to(condition.prompt_embeds.device)
-        every = Query(steps.expand(len(z), -1), grid.sigmas[:-1].expand(len(z), -1))
-        states = rollout(student, z, condition, grid, every).states
+        states = own_states(student, z, condition, grid)
         sums: dict[float, list[GuidanceSums]] = {scale: [] for scale in found}
         empty_condition = family.empty(condition)
-        for step in steps.tolist():
+        for step in range(grid.steps):
             here, sigma = states[:, step], grid.sigmas[step].to(z.device).expand(len(z))
             own, own_empty, conditional, empty = (
                 model(here, sigma, asked).float() for model in (student, base) for asked in (condition, empty_condition)

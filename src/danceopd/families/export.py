@@ -21,7 +21,7 @@ from danceopd.families.pipeline import PipelineFamily
 from danceopd.families.probes import Probes
 from danceopd.fields.adapters import exact_targets
 from danceopd.fields.lora import Lora
-from danceopd.fields.weights import PEFT_FILE, PEFT_PREFIX, CheckpointError, file_hash, require_free
+from danceopd.fields.weights import PEFT_FILE, PEFT_PREFIX, WeightsError, file_hash, require_free
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
@@ -78,7 +78,7 @@ def export_lora(
         The largest difference between the two velocities.
 
     Raises:
-        CheckpointError: if the folder holds anything, or what was written does not give back the student; nothing is
+        WeightsError: if the folder holds anything, or what was written does not give back the student; nothing is
             left there then.
     """
     loaded = family.loaded
@@ -190,7 +190,7 @@ def _export(
             allowed = max(allowed, ROUNDINGS * max(written, own) * largest)
         if not difference <= allowed:
             share = difference / change if change else float("inf")
-            raise CheckpointError(
+            raise WeightsError(
                 f"the export does not give back the student: velocities differ by {difference:.2g}, which is "
                 f"{share:.1%} of what the student changes of its base ({change:.2g}); allowed is {allowed:.2g}"
                 f"{form.remedy if written > FLOAT32 else ''}; {folder} was not written"
@@ -258,6 +258,6 @@ def _differing(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, cas
 
 def _refuse(wrong: list[str], folder: Path) -> None:
     if wrong:
-        raise CheckpointError(
+        raise WeightsError(
             f"the export, loaded again, differs in {len(wrong)} places, first {wrong[0]!r}; {folder} was not written"
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from danceopd.families.latents import LatentSpace, latent_space_of
 from danceopd.families.pipeline_folder import other_files, part_files, read_folder
 from danceopd.families.pipeline_grid import require_euler
-from danceopd.fields.weights import CheckpointError, file_hash, load_checkpoint
+from danceopd.fields.weights import WeightsError, file_hash, load_checkpoint
 
 
 class LoadedPipeline:
@@ -31,7 +31,7 @@ class LoadedPipeline:
     dtype: of the weights read from a folder; a pipeline object keeps its own.
 
     Raises:
-        CheckpointError: if the folder is not a whole pipeline of a known class, or the pipeline samples in a way that
+        WeightsError: if the folder is not a whole pipeline of a known class, or the pipeline samples in a way that
             is not Euler's method in sigma.
     """
 
@@ -43,7 +43,7 @@ class LoadedPipeline:
             self.folder = Path(base)
             base = read_folder(self.folder, classes, family, dtype)
         if type(base).__name__ not in classes:
-            raise CheckpointError(
+            raise WeightsError(
                 f"family {family!r} needs a pipeline of class {' or '.join(classes)}, found {type(base).__name__}"
             )
         self.pipeline = base

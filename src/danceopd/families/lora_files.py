@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from danceopd.fields.lora import Lora
 from danceopd.fields.weights import (
     PEFT_PREFIX,
-    CheckpointError,
+    WeightsError,
     has_peft_keys,
     peft_config,
     read_safetensors,
@@ -62,7 +62,7 @@ def read_lora(path: Path, pipeline: Any) -> Lora:
         marked tensors too, and is used only if every pair of the file arrives with its alpha.
 
     Raises:
-        CheckpointError: if the file is no plain LoRA (DoRA, LoKr, biases, convolutions), adapts a text encoder, is for
+        WeightsError: if the file is no plain LoRA (DoRA, LoKr, biases, convolutions), adapts a text encoder, is for
             another model or in a layout that diffusers does not convert for this pipeline, contradicts itself, or is
             PEFT's without its configuration.
     """
@@ -70,7 +70,7 @@ def read_lora(path: Path, pipeline: Any) -> Lora:
     pairs, alphas = _parse(path, tensors)
     config = _recorded_config(path, metadata)
     if config is None and not alphas and has_peft_keys(tensors):
-        raise CheckpointError(
+        raise WeightsError(
             f"{path} is a LoRA in PEFT's keys and records no alpha: needed is the adapter_config.json that PEFT saved "
             "with it, beside it"
         )
@@ -79,7 +79,7 @@ def read_lora(path: Path, pipeline: Any) -> Lora:
         scales = _scales(path, pairs, alphas, config)
     else:
         if alphas and config is not None:
-            raise CheckpointError(f"{path} records alpha in tensors and in its metadata, in a layout to be converted")
+            raise WeightsError(f"{path} records alpha in tensors and in its metadata, in a layout to be converted")
         pairs = _convert(path, tensors, pairs, alphas, pipeline)
         scales = _scales(path, pairs, {}, config)
     lora = _as_one_rank(pairs, scales)
@@ -99,29 +99,29 @@ def _parse(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[str, 
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         if key.startswith(TEXT_ENCODERS):
-            raise CheckpointError(
+            raise WeightsError(
                 f"{path} adapts a text encoder too ({key!r}), which stays as it is here; a LoRA for the transformer "
                 "alone is needed"
             )
         module, side = _split(key)
         if side is None:
-            raise CheckpointError(f"{path} is not a plain LoRA: found {key!r}, {tuple(tensor.shape)}")
+            raise WeightsError(f"{path} is not a plain LoRA: found {key!r}, {tuple(tensor.shape)}")
         if side == "alpha":
             alphas[module] = float(tensor.reshape(-1)[0])
         elif side in sides.setdefault(module, {}):
-            raise CheckpointError(f"{path} has two LoRAs for {module!r}, one of them under {key!r}")
+            raise WeightsError(f"{path} has two LoRAs for {module!r}, one of them under {key!r}")
         else:
             sides[module][side] = tensor
     if not sides:
-        raise CheckpointError(f"{path} is not a LoRA: it holds no pair of matrices")
+        raise WeightsError(f"{path} is not a LoRA: it holds no pair of matrices")
     for module, found in sides.items():
         a, b = found.get(0), found.get(1)
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             shapes = [None if part is None else tuple(part.shape) for part in (a, b)]
-            raise CheckpointError(f"{path} has no pair A [r, in] and B [out, r] for {module!r}: found {shapes}")
+            raise WeightsError(f"{path} has no pair A [r, in] and B [out, r] for {module!r}: found {shapes}")
     if alphas and set(alphas) != set(sides):
         odd = sorted(set(alphas) ^ set(sides))[0]
-        raise CheckpointError(f"{path} has alpha and matrices for different modules, such as {odd!r}")
+        raise WeightsError(f"{path} has alpha and matrices for different modules, such as {odd!r}")
     return {module: (found[0], found[1]) for module, found in sides.items()}, alphas
 
 
@@ -152,13 +152,13 @@ def _convert(
         converted, left = _parse(path, cls.lora_state_dict(dict(tensors)))
         probe, _ = _parse(path, cls.lora_state_dict(_marked(tensors, list(pairs))))
     except Exception as error:  # converters raise whatever they meet in keys that they do not know
-        raise CheckpointError(f"{refusal} ({type(error).__name__}: {str(error)[:200]})") from error
+        raise WeightsError(f"{refusal} ({type(error).__name__}: {str(error)[:200]})") from error
     if left or not all(name in modules for name in converted):
-        raise CheckpointError(refusal)
+        raise WeightsError(refusal)
     arrived = {float(a.flatten()[0] * b.flatten()[0]) for a, b in probe.values()}
     for index, name in enumerate(pairs):
         if (index + 1) * (2.0 if alphas else 1.0) not in arrived:
-            raise CheckpointError(f"{path} cannot be read: diffusers' conversion loses {name!r} or its alpha")
+            raise WeightsError(f"{path} cannot be read: diffusers' conversion loses {name!r} or its alpha")
     return converted
 
 
@@ -188,11 +188,11 @@ def _recorded_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] 
             return None
         config |= {"lora_alpha": float(config["lora_alpha"]), "r": config["r"]}
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} records no readable adapter configuration: {error!r}") from error
+        raise WeightsError(f"{path} records no readable adapter configuration: {error!r}") from error
     if config.get("use_dora"):
-        raise CheckpointError(f"{path} is not a plain LoRA: found use_dora in its configuration")
+        raise WeightsError(f"{path} is not a plain LoRA: found use_dora in its configuration")
     if str(config.get("init_lora_weights")).startswith(CHANGED_THE_BASE):
-        raise CheckpointError(
+        raise WeightsError(
             f"{path} is a LoRA over a base that its start changed: found init_lora_weights "
             f"{config['init_lora_weights']!r}; save it as one over the original "
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
@@ -211,11 +211,11 @@ def _scales(
     for module, (a, _) in pairs.items():
         rank = ranks.get(get_pattern_key(list(ranks), module), config["r"] or len(a))
         if rank != len(a):
-            raise CheckpointError(f"{path} records rank {rank} for {module!r} and holds rank {len(a)}")
+            raise WeightsError(f"{path} records rank {rank} for {module!r} and holds rank {len(a)}")
         alpha = strengths.get(get_pattern_key(list(strengths), module), config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if alphas and not math.isclose(scale, scales[module], rel_tol=1e-3):
-            raise CheckpointError(f"{path} records alpha twice for {module!r}: {alphas[module]:g} and {alpha:g}")
+            raise WeightsError(f"{path} records alpha twice for {module!r}: {alphas[module]:g} and {alpha:g}")
         scales[module] = scale
     return _usable(path, scales)
 
@@ -223,7 +223,7 @@ def _scales(
 def _usable(path: Path, scales: dict[str, float]) -> dict[str, float]:
     for module, scale in scales.items():
         if not 0 < scale < math.inf:
-            raise CheckpointError(f"{path} records no usable alpha for {module!r}: alpha / rank is {scale:g}")
+            raise WeightsError(f"{path} records no usable alpha for {module!r}: alpha / rank is {scale:g}")
     return scales
 
 

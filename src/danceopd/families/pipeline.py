@@ -39,7 +39,7 @@ class PipelineFamily(ABC, Generic[ConditionType]):
     dtype: of the weights read from a folder; a pipeline object keeps its own.
 
     Raises:
-        CheckpointError: if the base is no such pipeline; see ``LoadedPipeline``.
+        WeightsError: if the base is no such pipeline; see ``LoadedPipeline``.
         ValueError: if the size is not one that the pipeline can take.
     """
 

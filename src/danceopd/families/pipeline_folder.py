@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from danceopd.fields.weights import PEFT_FILE, CheckpointError, read_metadata, shards
+from danceopd.fields.weights import PEFT_FILE, WeightsError, read_metadata, shards
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,7 +33,7 @@ def weight_file(reference: str | Path) -> Path:
     pipeline, or its own), their shard index, or a LoRA.
 
     Raises:
-        CheckpointError: if a folder holds none of these in safetensors, or several files and none of the known names.
+        WeightsError: if a folder holds none of these in safetensors, or several files and none of the known names.
     """
     path = Path(reference)
     if not path.is_dir():
@@ -48,8 +48,8 @@ def weight_file(reference: str | Path) -> Path:
         return others[0]
     if others:
         listed = ", ".join(other.name for other in others[:4])
-        raise CheckpointError(f"{folder} holds {len(others)} safetensors files ({listed}); name the one that is meant")
-    raise CheckpointError(
+        raise WeightsError(f"{folder} holds {len(others)} safetensors files ({listed}); name the one that is meant")
+    raise WeightsError(
         f"no transformer weights in {folder}: needed is {WEIGHTS}, or {WEIGHTS}.index.json{_variant(folder)}"
     )
 
@@ -81,11 +81,11 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
     """The pipeline in a local folder.
 
     Raises:
-        CheckpointError: if the folder is not a whole pipeline of one of ``classes``, naming the file that is missing or
+        WeightsError: if the folder is not a whole pipeline of one of ``classes``, naming the file that is missing or
             damaged, or else the part that cannot be loaded.
     """
     if not (folder / INDEX).is_file():
-        raise CheckpointError(
+        raise WeightsError(
             f"family {family!r} needs the local folder of a diffusers pipeline, found no {INDEX} in {folder}; in a "
             "recipe, paths are relative to its own folder. hf download ORG/NAME --local-dir FOLDER makes one (a recipe "
             "may also name org/name itself)"
@@ -93,11 +93,11 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
     index = read_index(folder)
     found = str(index.get("_class_name"))
     if found not in classes:
-        raise CheckpointError(f"{folder} holds a {found}; family {family!r} needs {' or '.join(classes)}")
+        raise WeightsError(f"{folder} holds a {found}; family {family!r} needs {' or '.join(classes)}")
     parts = {name: tuple(part) for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
-        raise CheckpointError(f"{folder} is not whole: its {INDEX} names {', '.join(missing)}, which is not there")
+        raise WeightsError(f"{folder} is not whole: its {INDEX} names {', '.join(missing)}, which is not there")
     weight_file(folder)
     for name, (library, part_class) in parts.items():
         _require_whole(folder, name, _needed(library, part_class))
@@ -106,7 +106,7 @@ def read_folder(folder: Path, classes: Mapping[str, type], family: str, dtype: t
         return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=dtype)
     except Exception as error:  # whatever diffusers and transformers meet
         reason = _first_failure(folder, parts) or f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder} cannot be loaded as a {found}: {reason}") from error
+        raise WeightsError(f"{folder} cannot be loaded as a {found}: {reason}") from error
 
 
 def _needed(library: str, part_class: str) -> tuple[Choices, ...]:
@@ -127,7 +127,7 @@ def _require_whole(folder: Path, name: str, needed: tuple[Choices, ...]) -> None
         chosen = next((files for files in choices if all((part / file).is_file() for file in files)), None)
         if chosen is None:
             listed = ", or ".join(" and ".join(files) for files in choices)
-            raise CheckpointError(f"{folder} is not whole: its {name} lacks {listed}{_variant(part)}")
+            raise WeightsError(f"{folder} is not whole: its {name} lacks {listed}{_variant(part)}")
         for file in chosen:
             if file.endswith(".index.json"):
                 for shard in shards(part / file):
@@ -143,7 +143,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
 
 
 def _first_failure(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> str | None:
@@ -161,13 +161,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What a pipeline's folder says of itself.
 
     Raises:
-        CheckpointError: if its index is no JSON object.
+        WeightsError: if its index is no JSON object.
     """
     try:
         index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is not a pipeline's index: {error}") from error
+        raise WeightsError(f"{folder / INDEX} is not a pipeline's index: {error}") from error
     for name, part in index.items():
         if isinstance(part, list) and Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX} names a part that is no folder beside it: {name!r}")
+            raise WeightsError(f"{folder / INDEX} names a part that is no folder beside it: {name!r}")
     return index

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 
 from danceopd.distill.schedule import Grid
-from danceopd.fields.weights import CheckpointError
+from danceopd.fields.weights import WeightsError
 
 
 def scheduler_grid(
@@ -53,10 +53,10 @@ def _mu(config: Any, shift: float | None, shape: tuple[int, ...] | None) -> floa
 
 
 def require_euler(scheduler: Any, family: str) -> None:
-    """Raise CheckpointError unless the scheduler steps with Euler's method in sigma."""
+    """Raise WeightsError unless the scheduler steps with Euler's method in sigma."""
     config = scheduler.config
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or config.stochastic_sampling or config.invert_sigmas:
-        raise CheckpointError(
+        raise WeightsError(
             f"family {family!r} steps with Euler's method in sigma, as FlowMatchEulerDiscreteScheduler does without "
             f"stochastic_sampling and invert_sigmas; found {type(scheduler).__name__} with {dict(config)}"
         )

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from danceopd.errors import nearest
 from danceopd.families.family import Family
-from danceopd.fields.weights import CheckpointError
-from danceopd.recipe.wording import RecipeError, nearest
+from danceopd.fields.weights import WeightsError
+from danceopd.recipe.wording import RecipeError
 
 PIPELINE_OPTIONS = {"resolution": "size", "base_dtype": "dtype"}
 
@@ -69,7 +70,7 @@ def load_family(family: str, base: str, options: Mapping[str, Any]) -> Family:
 
     Raises:
         RecipeError: for an unknown family, one whose extra is not installed, or an option that it does not take.
-        CheckpointError: if the base is not one of the family's.
+        WeightsError: if the base is not one of the family's.
     """
     entry = _entry(family)
     given = {key: value for key, value in options.items() if value is not None}
@@ -79,7 +80,7 @@ def load_family(family: str, base: str, options: Mapping[str, Any]) -> Family:
     cls = family_class(family)
     try:
         return cls(base, **{entry.options[key]: value for key, value in given.items()})
-    except CheckpointError:
+    except WeightsError:
         raise
     except ValueError as error:
         raise RecipeError(f"family {family!r}: {error}") from error

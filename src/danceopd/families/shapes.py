@@ -15,7 +15,7 @@ from danceopd.distill.schedule import Grid, shifted_grid
 from danceopd.families.latents import LatentSpace
 from danceopd.fields.guidance import linear_guidance
 from danceopd.fields.lora import Lora
-from danceopd.fields.weights import CheckpointError, file_hash, load_checkpoint, load_lora, read_metadata
+from danceopd.fields.weights import WeightsError, file_hash, load_checkpoint, load_lora, read_metadata
 from danceopd.states import Condition, Samples, select
 from danceopd.world.generator import GeneratedExamples
 from danceopd.world.network import LORA_TARGETS, ShapesTransformer
@@ -88,7 +88,7 @@ class ShapesFamily:
             return
         recorded, loaded = read_metadata(path).get("text"), file_hash(self._text_path)
         if recorded not in (None, loaded):
-            raise CheckpointError(
+            raise WeightsError(
                 f"{path} was trained with the text encoder of SHA-256 {recorded}, found {loaded} in {self._text_path}; "
                 f"use it over a base that stands beside its own {TEXT_FILE}"
             )
@@ -105,7 +105,7 @@ class ShapesFamily:
         if reference.startswith("shapes:"):
             name = reference.removeprefix("shapes:")
             if name not in SOURCES:
-                raise CheckpointError(f"unknown shipped source {reference!r}; known: {', '.join(SOURCES)}")
+                raise WeightsError(f"unknown shipped source {reference!r}; known: {', '.join(SOURCES)}")
             return WEIGHTS / f"{name}.safetensors"
         return Path(reference)
 

@@ -10,7 +10,6 @@ a student that equals its teacher has a loss of exactly 0, with and without auto
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +22,11 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
+from danceopd.errors import UserError, nearest
 from danceopd.fields.lora import Lora
 
 
-class AdapterMismatch(ValueError):
+class AdapterMismatch(UserError, ValueError):
     """A LoRA does not fit the backbone."""
 
 
@@ -205,8 +205,7 @@ class AdapterBackbone:
         linear = {key.removesuffix(".base_layer") for key in plain if ".lora_" not in key}
         for target in targets:
             if not any(key == target or key.endswith(f".{target}") for key in linear):
-                near = difflib.get_close_matches(target, sorted({key.rpartition(".")[2] for key in linear}), n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                hint = nearest(target, sorted({key.rpartition(".")[2] for key in linear}))
                 raise AdapterMismatch(f"LoRA {name!r}: no linear layer of this backbone is named {target!r}{hint}")
         return {key for key in linear if any(key == target or key.endswith(f".{target}") for target in targets)}
 

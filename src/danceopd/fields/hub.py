@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from danceopd.fields.weights import CheckpointError
+from danceopd.fields.weights import WeightsError
 
 Kind = Literal["base", "checkpoint", "lora"]
 
@@ -64,7 +64,7 @@ def locate(reference: str, kind: Kind) -> Located:
     """The reference itself if it is local or a family's own; else the path of its files in the hub's cache.
 
     Raises:
-        CheckpointError: if the repository, the revision or the files cannot be had, saying why and what to do.
+        WeightsError: if the repository, the revision or the files cannot be had, saying why and what to do.
     """
     wanted = parse_hub_reference(reference)
     if wanted is None or Path(reference).exists():
@@ -73,28 +73,28 @@ def locate(reference: str, kind: Kind) -> Located:
     try:
         folder = Path(_download(wanted, kind))
     except GatedRepoError as error:
-        raise CheckpointError(
+        raise WeightsError(
             f"{reference!r} is gated: accept its licence at {there} and log in (hf auth login, or set HF_TOKEN)"
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{wanted.repository!r} has no revision {wanted.revision!r} on the hub") from error
+        raise WeightsError(f"{wanted.repository!r} has no revision {wanted.revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
+        raise WeightsError(
             f"{reference!r} is no local path and no repository on the hub; if it is a private one, log in "
             "(hf auth login, or set HF_TOKEN)"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(
+        raise WeightsError(
             f"{reference!r} is no local path, is not whole in the hub's cache, and the hub cannot be reached (no "
             "network, or HF_HUB_OFFLINE is set); fetch it where there is a network, or name a local copy"
         ) from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{reference!r} on the hub lacks what a {kind} needs: {error}") from error
+        raise WeightsError(f"{reference!r} on the hub lacks what a {kind} needs: {error}") from error
     except Exception as error:  # whatever a network and its libraries raise
-        raise CheckpointError(f"{reference!r} could not be fetched from the hub: {error}") from error
+        raise WeightsError(f"{reference!r} could not be fetched from the hub: {error}") from error
     path = folder if wanted.file is None else folder / wanted.file
     if not path.exists():
-        raise CheckpointError(f"{wanted.repository!r} on the hub has no file {wanted.file!r}")
+        raise WeightsError(f"{wanted.repository!r} on the hub has no file {wanted.file!r}")
     return Located(str(path), folder.name)
 
 

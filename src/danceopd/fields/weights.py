@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from danceopd.errors import UserError
 from danceopd.fields.lora import Lora
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
@@ -26,7 +27,7 @@ PEFT_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 """How PEFT names a LoRA's file and begins its tensors' names."""
 
 
-class CheckpointError(ValueError):
+class WeightsError(UserError, ValueError):
     """A weight file cannot be used; the message says what was found, what is needed, and where."""
 
 
@@ -34,21 +35,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        CheckpointError: if the file is missing, is a pickle, or is damaged.
+        WeightsError: if the file is missing, is a pickle, or is damaged.
     """
     metadata = read_metadata(path)
     try:
         return load_file(path), metadata
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself; raises as ``read_safetensors``."""
     if not path.is_file():
-        raise CheckpointError(f"weight file not found: {path}")
+        raise WeightsError(f"weight file not found: {path}")
     if path.suffix in _PICKLES:
-        raise CheckpointError(
+        raise WeightsError(
             f"{path} is a pickle file ({path.suffix}), which can run code when loaded and is never read here; "
             "convert it to safetensors first (safetensors.torch.save_file)"
         )
@@ -56,14 +57,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Tensors of all the safetensors files that an index (``*.safetensors.index.json``) names, beside it.
 
     Raises:
-        CheckpointError: if the index is not such a file, a shard cannot be read, or a tensor is not where it says.
+        WeightsError: if the index is not such a file, a shard cannot be read, or a tensor is not where it says.
     """
     places = _weight_map(index)
     found: dict[str, Tensor] = {}
@@ -71,12 +72,12 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         found |= read_safetensors(index.parent / shard)[0]
     if set(found) != set(places):
         odd = sorted(set(found) ^ set(places))
-        raise CheckpointError(f"{index} and its shards disagree about {len(odd)} tensors, first {odd[0]!r}")
+        raise WeightsError(f"{index} and its shards disagree about {len(odd)} tensors, first {odd[0]!r}")
     return found
 
 
 def shards(index: Path) -> list[str]:
-    """Names of the files that an index is about, beside it; raises CheckpointError if it is no such index."""
+    """Names of the files that an index is about, beside it; raises WeightsError if it is no such index."""
     return sorted(set(_weight_map(index).values()))
 
 
@@ -85,10 +86,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+        raise WeightsError(f"{index} is not an index of safetensors files: {error!r}") from error
     for shard in places.values():
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names a shard outside its own folder: {shard!r}")
+            raise WeightsError(f"{index} names a shard outside its own folder: {shard!r}")
     return places
 
 
@@ -98,7 +99,7 @@ def load_checkpoint(network: nn.Module, path: Path) -> None:
     path: a safetensors file, or the index (``*.safetensors.index.json``) of one written in shards.
 
     Raises:
-        CheckpointError: naming the tensors that are missing, unknown, or of another shape; nothing is loaded then.
+        WeightsError: naming the tensors that are missing, unknown, or of another shape; nothing is loaded then.
     """
     found = read_shards(path) if path.name.endswith(".index.json") else read_safetensors(path)[0]
     needed = network.state_dict()
@@ -114,7 +115,7 @@ def load_checkpoint(network: nn.Module, path: Path) -> None:
         listed = "; ".join(problem for kind in problems for problem in kind[:2])
         rest = sum(len(kind[2:]) for kind in problems)
         other = len(unknown) > len(found) // 2
-        raise CheckpointError(
+        raise WeightsError(
             f"{path} does not fit the model: {listed}{f'; and {rest} more' if rest else ''}"
             + (f"; most of its {len(found)} tensors have other names: another model's, or another layout" * other)
         )
@@ -125,29 +126,29 @@ def load_lora(path: Path) -> Lora:
     """A LoRA in PEFT's keys, with ``alpha`` in the file's metadata, and ``targets`` where we wrote it.
 
     Raises:
-        CheckpointError: if a tensor is no LoRA matrix, a pair is incomplete, ranks differ, alpha is not recorded, or
+        WeightsError: if a tensor is no LoRA matrix, a pair is incomplete, ranks differ, alpha is not recorded, or
             the modules are not those recorded.
     """
     weights, metadata = read_safetensors(path)
     strange = [name for name in weights if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if strange or not weights:
-        raise CheckpointError(f"{path} is not a LoRA in PEFT keys: found {strange[0] if strange else 'no tensors'!r}")
+        raise WeightsError(f"{path} is not a LoRA in PEFT keys: found {strange[0] if strange else 'no tensors'!r}")
     for name in weights:
         other = name.replace(".lora_A.", ".lora_?.").replace(".lora_B.", ".lora_A.").replace(".lora_?.", ".lora_B.")
         if other not in weights:
-            raise CheckpointError(f"{path} has {name} but not {other}")
+            raise WeightsError(f"{path} has {name} but not {other}")
     ranks = {weight.shape[0] for name, weight in weights.items() if ".lora_A." in name}
     if len(ranks) != 1:
-        raise CheckpointError(f"{path} mixes LoRA ranks {sorted(ranks)}; one rank for all modules is needed")
+        raise WeightsError(f"{path} mixes LoRA ranks {sorted(ranks)}; one rank for all modules is needed")
     try:
         alpha = float(metadata["alpha"])
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
+        raise WeightsError(
             f"{path} does not record the LoRA's alpha in its metadata (found {json.dumps(metadata)}); without it the "
             "adapter's strength is unknown"
         ) from error
     if not 0 < alpha < math.inf:
-        raise CheckpointError(f"{path} records no usable alpha: found {alpha:g}")
+        raise WeightsError(f"{path} records no usable alpha: found {alpha:g}")
     lora = Lora(rank=ranks.pop(), alpha=alpha, weights={name: weight.float() for name, weight in weights.items()})
     require_recorded_targets(path, lora, metadata)
     return lora
@@ -159,10 +160,10 @@ def recorded_targets(targets: Iterable[str]) -> str:
 
 
 def require_recorded_targets(path: Path, lora: Lora, metadata: Mapping[str, str]) -> None:
-    """Raise CheckpointError if a file names its modules under ``targets`` and does not hold exactly those."""
+    """Raise WeightsError if a file names its modules under ``targets`` and does not hold exactly those."""
     odd = sorted(set(metadata["targets"].split()) ^ set(lora.targets)) if "targets" in metadata else []
     if odd:
-        raise CheckpointError(
+        raise WeightsError(
             f"{path} does not hold the modules that it records: they differ in {len(odd)}, first {odd[0]!r}"
         )
 
@@ -171,7 +172,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
     """Write a safetensors file aside, and rename it.
 
     Raises:
-        CheckpointError: if it cannot be written; nothing is left of it.
+        WeightsError: if it cannot be written; nothing is left of it.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -180,7 +181,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
         )
         aside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+        raise WeightsError(f"{path} could not be written: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -192,9 +193,9 @@ def save_lora(lora: Lora, path: Path, metadata: Mapping[str, str] | None = None)
 
 
 def require_free(folder: Path) -> None:
-    """Raise CheckpointError if something stands where a folder is to be written; an empty folder may."""
+    """Raise WeightsError if something stands where a folder is to be written; an empty folder may."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists already and is not empty; choose another folder, or remove it")
+        raise WeightsError(f"{folder} exists already and is not empty; choose another folder, or remove it")
 
 
 def file_hash(path: Path) -> str:
@@ -212,11 +213,8 @@ def _settled_digest(path: Path, size: int, changed: int) -> str:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def source_hash(path: Path) -> str:
@@ -224,10 +222,10 @@ def source_hash(path: Path) -> str:
     configuration, or the file alone (whose ``file_hash`` it then is).
 
     Raises:
-        CheckpointError: if there is no such file, or it is an index that cannot be read or names a missing shard.
+        WeightsError: if there is no such file, or it is an index that cannot be read or names a missing shard.
     """
     if not path.is_file():
-        raise CheckpointError(f"weight file not found: {path}")
+        raise WeightsError(f"weight file not found: {path}")
     names = [path.name]
     if path.name.endswith(".index.json"):
         names += shards(path)
@@ -235,7 +233,7 @@ def source_hash(path: Path) -> str:
         names.append(config.name)
     for name in names:
         if not path.with_name(name).is_file():
-            raise CheckpointError(f"weight file not found: {path.with_name(name)}")
+            raise WeightsError(f"weight file not found: {path.with_name(name)}")
     digests = [file_hash(path.with_name(name)) for name in names]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -258,7 +256,7 @@ def _tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def merge_lora(network: nn.Module, lora: Lora) -> None:
@@ -272,6 +270,6 @@ def merge_lora(network: nn.Module, lora: Lora) -> None:
             a, b = lora.weights[f"{target}.lora_A.weight"], lora.weights[f"{target}.lora_B.weight"]
             module = modules.get(target)
             if not isinstance(module, nn.Linear) or module.weight.shape != (b.shape[0], a.shape[1]):
-                raise CheckpointError(f"the LoRA's module {target!r} does not fit the network")
+                raise WeightsError(f"the LoRA's module {target!r} does not fit the network")
             delta = lora.alpha / lora.rank * (b.float() @ a.float())
             module.weight.copy_(module.weight + delta.to(module.weight.device))

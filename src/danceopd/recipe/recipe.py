@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from danceopd.distill.objective import OBJECTIVES
+from danceopd.errors import nearest
 from danceopd.recipe.part import Part, Resolution
 from danceopd.recipe.sources import FieldPart, RoutePart, StudentPart
 from danceopd.recipe.teaching import (
@@ -20,7 +21,7 @@ from danceopd.recipe.teaching import (
     RoutingPart,
 )
 from danceopd.recipe.training import EvaluatePart, TrainPart
-from danceopd.recipe.wording import NAME, nearest
+from danceopd.recipe.wording import NAME
 
 RESERVED_NAMES = ("student", "student_start", "source")
 """Names that fields may not have: the student's own, in scores and on the shared backbone, and an edit's picture's."""

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from danceopd.distill.query import BANDS
+from danceopd.errors import nearest
 from danceopd.recipe.part import Part, number
-from danceopd.recipe.wording import nearest
 
 ROUTER_KEYS = {"gap": ("floor", "power", "decay", "reweight"), "curriculum": ("end_weights", "end_step")}
 """By router, the keys of ``routing`` that are its alone."""

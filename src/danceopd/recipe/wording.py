@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+from danceopd.errors import UserError, nearest
 
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 """Names of fields and of a suite's methods: they are also names of folders, files and keys."""
@@ -17,7 +18,7 @@ KEY_ERRORS = ("missing", "extra_forbidden")
 """Pydantic's errors that are about a key and not its value."""
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError, ValueError):
     """A recipe cannot be used; the message names the file, the key, what was found and what is needed."""
 
 
@@ -72,12 +73,6 @@ def _value_error(item: Any) -> str:
         message = f"needs at least {item['ctx']['min_length']}"
     hidden = isinstance(item["input"], dict | BaseModel) or item["type"] == "value_error"
     return message + ("" if hidden else f", found {item['input']!r}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)``, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -30,7 +31,8 @@ def write_overview(folder: RunFolder) -> Path:
     first = 0
     for rows, columns in halves:
         for index, row in enumerate(rows):
-            axes[index, first].text(1.0, 0.5, _wrapped(row["text"]), ha="right", va="center", fontsize=8)
+            words = textwrap.fill(row["text"], 24, break_long_words=False, break_on_hyphens=False)
+            axes[index, first].text(1.0, 0.5, words, ha="right", va="center", fontsize=8)
             for column, name in enumerate(columns, start=first + 1):
                 cell = axes[index, column]
                 cell.imshow(plt.imread(folder.samples / "evaluation" / row["files"][name]), interpolation="nearest")
@@ -42,13 +44,3 @@ def write_overview(folder: RunFolder) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def _wrapped(text: str, width: int = 24) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)

@@ -92,7 +92,8 @@ def _loss_plot(metrics: list[dict[str, Any]]) -> str:
         window = max(1, len(losses) // 20)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color=color, label=key.removeprefix("loss/"))
-    axes.set(xlabel="optimiser update", ylabel="velocity MSE", yscale="log")
+    positive = all(line[key] > 0 for line in metrics for key in routes if key in line)
+    axes.set(xlabel="optimiser update", ylabel="training loss", yscale="log" if positive else "linear")
     axes.legend(frameon=False)
     return figure_url(figure)
 

@@ -50,7 +50,7 @@ def train(recipe: Recipe) -> TinyRun:
 
     Raises:
         RecipeError, AdapterMismatch, ManifestError: for whatever does not fit, or if that folder holds anything else.
-        CheckpointError: if the export, loaded again, is not the student.
+        WeightsError: if the export, loaded again, is not the student.
     """
     require_pipeline(recipe)
     folder = RunFolder(Path(f"{recipe.output}-tiny"))

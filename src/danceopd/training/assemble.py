@@ -83,7 +83,7 @@ def load_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     """Load and check a recipe's weights; its data is not looked at.
 
     Raises:
-        RecipeError, CheckpointError, AdapterMismatch: for whatever does not fit.
+        RecipeError, WeightsError, AdapterMismatch: for whatever does not fit.
     """
     loaded = _open_models(recipe, device=device)
     loaded.settle(device)
@@ -135,7 +135,7 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
     processes: this process of the run's; the assembly's recipe is its share of the whole.
 
     Raises:
-        RecipeError, CheckpointError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
+        RecipeError, WeightsError, AdapterMismatch, ManifestError: for whatever does not fit, before any training.
     """
     recipe = processes.share(recipe)
     loaded = _open_models(recipe, device=device)
@@ -183,7 +183,7 @@ def open_family(recipe: Recipe, name: str, base: str) -> Family:
     """A family on a base, as the recipe wants its families; another one's own keys are not asked of it.
 
     Raises:
-        RecipeError, CheckpointError: see ``load_family``.
+        RecipeError, WeightsError: see ``load_family``.
     """
     options: dict[str, Any] = {"resolution": recipe.resolution, "embedded_guidance": recipe.embedded_guidance}
     if recipe.base_dtype != "auto" or takes(name, "base_dtype"):
@@ -287,7 +287,7 @@ def _method(
             )
         except ValueError as error:
             raise RecipeError(f"rollout: {error}") from error
-    if recipe.method == "off_policy":
+    if query.states != "student":
         return off_policy(states=query.states, **common, **routing, **matching)
     return DanceOPD(**common, **routing, **matching)  # also for weight_merge, which makes no update
 

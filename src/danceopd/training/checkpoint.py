@@ -22,11 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from danceopd.errors import UserError
+
 UNREACHED = "unreached"
 """In ``optimizer.safetensors``, beside a parameter's index: no gradient had reached it, so it has no state."""
 
 
-class CheckpointFailure(RuntimeError):
+class RunStateError(UserError, RuntimeError):
     """A checkpoint could not be written or does not belong to this run."""
 
 
@@ -76,7 +78,7 @@ def save_checkpoint(
     A step's checkpoint is written once: one that stands is whole and is left alone.
 
     Raises:
-        CheckpointFailure: if writing failed (a full disk, say); earlier checkpoints are untouched.
+        RunStateError: if writing failed (a full disk, say); earlier checkpoints are untouched.
     """
     target = folder / f"step-{state.step:06d}"
     aside = folder / f".writing-{state.step:06d}"
@@ -102,7 +104,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = latest_checkpoint(folder)
-        raise CheckpointFailure(
+        raise RunStateError(
             f"could not write checkpoint {target}: {error}; "
             + (f"the previous one, {kept.name}, is whole" if kept else "there is no earlier one")
         ) from error
@@ -147,19 +149,19 @@ def load_checkpoint_state(path: Path) -> TrainingState:
     """A checkpoint's ``state.json``.
 
     Raises:
-        CheckpointFailure: if it is missing or damaged.
+        RunStateError: if it is missing or damaged.
     """
     try:
         return TrainingState.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointFailure(f"{path / 'state.json'} cannot be read: {error}") from error
+        raise RunStateError(f"{path / 'state.json'} cannot be read: {error}") from error
 
 
 def load_tensors(path: Path, name: str, into: dict[str, Tensor]) -> None:
     """Copy a checkpoint's ``student`` or ``ema`` tensors into ``into``; names and shapes must be the same.
 
     Raises:
-        CheckpointFailure: if the file is damaged, or naming the first tensor that does not fit.
+        RunStateError: if the file is damaged, or naming the first tensor that does not fit.
     """
     saved = _read(path / f"{name}.safetensors")
     _require_same(path / f"{name}.safetensors", saved, {key: tuple(tensor.shape) for key, tensor in into.items()})
@@ -172,11 +174,11 @@ def load_process_state(path: Path, state: TrainingState, *, rank: int, count: in
     """What the process ``rank`` of ``count`` had of its own.
 
     Raises:
-        CheckpointFailure: if the checkpoint is of another number of processes.
+        RunStateError: if the checkpoint is of another number of processes.
     """
     found = [state, *state.others]
     if len(found) != count:
-        raise CheckpointFailure(
+        raise RunStateError(
             f"{path} was written by {_processes(len(found))}, and this run has {_processes(count)}: it goes on with as "
             "many as it began with"
         )
@@ -191,7 +193,7 @@ def load_method_state(path: Path, rank: int = 0) -> dict[str, Tensor]:
     """What a process's method carried when the checkpoint was written; empty where it carries nothing.
 
     Raises:
-        CheckpointFailure: if the file is damaged.
+        RunStateError: if the file is damaged.
     """
     file = path / f"{_method_file(rank)}.safetensors"
     return _read(file) if file.exists() else {}
@@ -208,7 +210,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     damage.
 
     Raises:
-        CheckpointFailure: if the file is damaged or holds the state of other parameters.
+        RunStateError: if the file is damaged or holds the state of other parameters.
     """
     tensors = _read(path / "optimizer.safetensors")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -245,14 +247,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointFailure(f"{path} cannot be read: {error}") from error
+        raise RunStateError(f"{path} cannot be read: {error}") from error
 
 
 def _require_same(path: Path, saved: dict[str, Tensor], needed: dict[str, tuple[int, ...]]) -> None:
     found = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     for key in sorted(found.keys() | needed.keys()):
         if found.get(key) != needed.get(key):
-            raise CheckpointFailure(
+            raise RunStateError(
                 f"{path} does not fit this run at {key!r}: found {found.get(key, 'nothing')}, "
                 f"needed {needed.get(key, 'nothing')}"
             )
@@ -270,11 +272,11 @@ def check_hashes(recorded: Mapping[str, str | None], now: Mapping[str, str], pur
     """Refuse to use a run (``purpose``: "resumed", say) over sources or data that changed.
 
     Raises:
-        CheckpointFailure: naming the sources.
+        RunStateError: naming the sources.
     """
     changed = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
     if changed:
         details = "; ".join(f"{n}: {json.dumps(recorded.get(n))} then, {json.dumps(now.get(n))} now" for n in changed)
-        raise CheckpointFailure(
+        raise RunStateError(
             f"sources changed since this run began, so it cannot be {purpose}: {details}; put them back, or train anew"
         )

@@ -15,7 +15,7 @@ from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterMisma
 from danceopd.fields.field import VelocityField
 from danceopd.fields.hub import Kind, locate
 from danceopd.fields.offload import OffloadedField
-from danceopd.fields.weights import CheckpointError, source_hash
+from danceopd.fields.weights import WeightsError, source_hash
 from danceopd.recipe import FieldPart, Recipe, RecipeError
 
 OpenFamily = Callable[[str, str], Family]
@@ -115,11 +115,11 @@ class FieldLoader:
 
         Raises:
             RecipeError: if it does not share the student's latent space, or shares a network that is kept elsewhere.
-            CheckpointError, AdapterMismatch: if a source cannot be had or does not fit.
+            WeightsError, AdapterMismatch: if a source cannot be had or does not fit.
         """
         try:
             return self._load(name, part)
-        except (CheckpointError, AdapterMismatch) as error:
+        except (WeightsError, AdapterMismatch) as error:
             raise type(error)(f"fields.{name}: {error}") from error
 
     def _load(self, name: str, part: FieldPart) -> VelocityField:

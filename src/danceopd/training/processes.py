@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed, nn
 
+from danceopd.errors import FailedElsewhere, UserError
 from danceopd.recipe import Recipe, RecipeError, parse_recipe
 
 Value = TypeVar("Value")
@@ -28,12 +29,8 @@ SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_
 """What Accelerate's launcher sets for engines that cut networks up, which its state only shows later."""
 
 
-class SeveralProcesses(RuntimeError):
+class SeveralProcesses(UserError, RuntimeError):
     """A launcher started as several processes what runs as one, or in a way that is not supported."""
-
-
-class FailedElsewhere(RuntimeError):
-    """Another process of the run failed, and says why."""
 
 
 @dataclass(frozen=True)

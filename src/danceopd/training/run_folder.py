@@ -12,12 +12,13 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from danceopd.errors import UserError
 from danceopd.files import write_text
 from danceopd.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from danceopd.training.checkpoint import CheckpointFailure, checkpoints, latest_checkpoint, load_checkpoint_state
+from danceopd.training.checkpoint import RunStateError, checkpoints, latest_checkpoint, load_checkpoint_state
 
 
-class RunFolderBusy(RuntimeError):
+class RunFolderBusy(UserError, RuntimeError):
     """Another process works in the run folder."""
 
 
@@ -75,22 +76,22 @@ class RunFolder:
         """The content of ``evaluation.json``.
 
         Raises:
-            CheckpointFailure: if the run was not evaluated, or was trained on since, or the file is damaged.
+            RunStateError: if the run was not evaluated, or was trained on since, or the file is damaged.
         """
         again = f"run: danceopd evaluate {self.path}"
         if not self.evaluation_file.exists():
-            raise CheckpointFailure(f"{self.path} has no evaluation.json; {again}")
+            raise RunStateError(f"{self.path} has no evaluation.json; {again}")
         try:
             found = json.loads(self.evaluation_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CheckpointFailure(f"{self.evaluation_file} cannot be read: {error}; {again}") from error
+            raise RunStateError(f"{self.evaluation_file} cannot be read: {error}; {again}") from error
         needed = {"models", "intervals", "student_over", "shown", "trained_steps"}
         missing = needed - set(found if isinstance(found, dict) else ())
         if missing:
-            raise CheckpointFailure(f"{self.evaluation_file} is no evaluation: it lacks {min(missing)!r}; {again}")
+            raise RunStateError(f"{self.evaluation_file} is no evaluation: it lacks {min(missing)!r}; {again}")
         newest = latest_checkpoint(self.checkpoints)
         if newest is not None and load_checkpoint_state(newest).step != found["trained_steps"]:
-            raise CheckpointFailure(
+            raise RunStateError(
                 f"{self.evaluation_file} is of update {found['trained_steps']}, the run at {newest.name}; {again}"
             )
         return found

@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from danceopd.distill.step import route_gradient_cosines
+from danceopd.errors import Interrupted, UserError
 from danceopd.recipe import Recipe
 from danceopd.states import NetworkCalls, StepResult
 from danceopd.training.assemble import Assembly, LoadedModels, assemble, autocast, load_models
 from danceopd.training.checkpoint import (
-    CheckpointFailure,
     ProcessState,
+    RunStateError,
     TrainingState,
     check_hashes,
     latest_checkpoint,
@@ -43,19 +44,8 @@ from danceopd.training.processes import ALONE, Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder, Tracker
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError, RuntimeError):
     """A route's loss became infinite or not a number; nothing was saved after it."""
-
-
-class Interrupted(RuntimeError):
-    """A signal ended the run after a whole update, which was saved. ``exit_code`` is 128 + the signal's number."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message, exit_code)  # both, so that it can be pickled on its way out of a process
-        self.exit_code = exit_code
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 @dataclass
@@ -95,14 +85,14 @@ class Trainer:
         """Continue from the newest checkpoint of the run folder; from the start if there is none.
 
         Raises:
-            CheckpointFailure: if a source, the data or the number of processes changed since, or the processes do not
+            RunStateError: if a source, the data or the number of processes changed since, or the processes do not
                 find the same files.
         """
         path = self.processes.first(latest_checkpoint(self.folder.checkpoints))
         found = self.processes.together(lambda: self._resume(path))
         if any(other != found[0] for other in found):
             message = "the processes do not find the same files: found other sources, data or checkpoints on one"
-            raise self.processes.alike(CheckpointFailure(message))
+            raise self.processes.alike(RunStateError(message))
 
     def _resume(self, path: Path | None) -> tuple[int, dict[str, str]]:
         """The update gone on from, and the hashes of everything read."""
@@ -123,7 +113,7 @@ class Trainer:
         try:
             self.assembly.method.load_state(load_method_state(path, self.processes.rank))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointFailure(f"{path / 'method.safetensors'} does not fit this run: {error}") from error
+            raise RunStateError(f"{path / 'method.safetensors'} does not fit this run: {error}") from error
         self.step, self.ema.updates, self.seconds = state.step, state.ema_updates, state.seconds
         self.calls = NetworkCalls(**state.calls)
         self.generator.set_state(unpack_generator(own.generator))
@@ -131,13 +121,13 @@ class Trainer:
             try:
                 bucket.load_state(own.buckets[name])
             except (KeyError, ValueError) as error:
-                raise CheckpointFailure(f"cannot resume route {name!r}: {error}") from error
+                raise RunStateError(f"cannot resume route {name!r}: {error}") from error
 
     def run(self) -> None:
         """Train to the recipe's last update; a checkpoint stands at the end.
 
         Raises:
-            NonFiniteLoss, Interrupted, CheckpointFailure.
+            NonFiniteLoss, Interrupted, RunStateError.
         """
         part, on_main = self.assembly.recipe.train, self.processes.on_main
         with ExitStack() as opened, _stop_requests() as stop, _progress(shown=self.processes.main) as progress:
@@ -320,7 +310,7 @@ def load_run(
     purpose: what it is loaded to be, in errors ("scored"). checkpoint: whose weights; the newest by default.
 
     Raises:
-        CheckpointFailure: if there is no checkpoint, or a source or the data changed since.
+        RunStateError: if there is no checkpoint, or a source or the data changed since.
     """
     assembly = assemble(folder.read_recipe(), device=device)
     return assembly, _load_averaged(folder, assembly, purpose, checkpoint)
@@ -339,7 +329,7 @@ def _load_averaged(
 ) -> TrainingState:
     path = checkpoint or latest_checkpoint(folder.checkpoints)
     if path is None:
-        raise CheckpointFailure(f"{folder.path} holds no checkpoint yet")
+        raise RunStateError(f"{folder.path} holds no checkpoint yet")
     state = load_checkpoint_state(path)
     check_hashes({name: state.hashes.get(name) for name in loaded.hashes}, loaded.hashes, purpose)
     load_tensors(path, "ema", dict(loaded.student.parameters))

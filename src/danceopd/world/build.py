@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from danceopd.errors import UserError
 from danceopd.fields.lora import Lora
 from danceopd.fields.weights import file_hash, read_metadata, recorded_targets, write_safetensors
 from danceopd.world.generator import DATA_VERSION, SOURCE_TRAINING
@@ -41,7 +42,7 @@ CAPTION_DROPOUT = 0.1
 SIGMA_SPREAD = 1.2
 
 
-class BuildError(ValueError):
+class BuildError(UserError, ValueError):
     """The build folder holds sources that were made in another way."""
 
 

@@ -7,12 +7,11 @@ embeddings can be computed once and kept.
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from danceopd.errors import UserError, nearest
 from danceopd.world.scene import BACKGROUNDS, COLORS, SHAPES, STYLES
 from danceopd.world.tasks import NUMBERS, PLURALS
 
@@ -53,7 +52,7 @@ MAX_TOKENS = 16
 TEXT_WIDTH = 96
 
 
-class UnknownWord(ValueError):
+class UnknownWord(UserError, ValueError):
     """A prompt holds a word outside the vocabulary, or is too long."""
 
 
@@ -70,11 +69,9 @@ def tokenize(prompts: list[str]) -> Tensor:
             raise UnknownWord(f"prompt has {len(words) - 1} words, at most {MAX_TOKENS - 1} are allowed: {prompt!r}")
         for column, word in enumerate(words):
             if word not in TOKEN_IDS:
-                near = difflib.get_close_matches(word, VOCABULARY, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise UnknownWord(
-                    f"the Shapes world does not know the word {word!r}{hint} in prompt {prompt!r}; "
-                    f"known words: {', '.join(VOCABULARY[len(SPECIALS) :])}"
+                    f"the Shapes world does not know the word {word!r}{nearest(word, VOCABULARY)} in prompt "
+                    f"{prompt!r}; known words: {', '.join(VOCABULARY[len(SPECIALS) :])}"
                 )
             ids[row, column] = TOKEN_IDS[word]
     return ids
