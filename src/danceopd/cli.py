@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -352,6 +353,8 @@ def main() -> None:
 
     Of several processes that fail together, one prints.
     """
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes are about parts that no recipe here uses
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except FailedElsewhere:
