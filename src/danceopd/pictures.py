@@ -114,11 +114,11 @@ def _draw(
     size: tuple[int, int] | None,
 ) -> Tensor:
     """Images by a model of the run, which may hear and be guided as another family does; see ``draw``."""
-    told = run.inputs.get(name)
-    family = run.family if told is None else told.family
+    field_input = run.inputs.get(name)
+    family = run.family if field_input is None else field_input.family
     if size is None and examples[0].source is None:
         size = run.family.size
-    return draw(velocity, family, examples, part, size=size, encoder=told)
+    return draw(velocity, family, examples, part, size=size, encoder=field_input)
 
 
 def _shown_examples(assembly: Assembly) -> list[tuple[list[Example], tuple[int, int] | None]]:

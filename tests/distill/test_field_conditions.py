@@ -86,7 +86,7 @@ def test_groups_of_one_condition_keep_its_fields(rng):
 def test_dropout_empties_both_of_the_same_samples(rng):
     routes = two_routes(prompt_dropout=0.5, empty=lambda c: c * 0 - 1, field_empty=lambda c: c * 0 - 2)
     (batch,) = draw_batches(routes, torch.ones(200, dtype=torch.int64), rng, "cpu", grid=GRID)
-    told, heard = batch.condition[:, 0], batch.taught[:, 0]
+    told, heard = batch.condition[:, 0], batch.teacher_condition[:, 0]
     dropped = told == -1
     assert 60 < int(dropped.sum()) < 140
     assert torch.equal(heard == -2, dropped)
@@ -118,4 +118,4 @@ def test_conditions_of_another_kind_share_no_batch(rng):
 
     routes = [d.Route("a", Either(), draw(Other)), d.Route("b", Either(), draw(d.Condition))]
     batches = draw_batches(routes, torch.tensor([0, 1, 1]), rng, "cpu", grid=GRID)
-    assert [(type(batch.taught), len(batch.route)) for batch in batches] == [(Other, 1), (d.Condition, 2)]
+    assert [(type(batch.teacher_condition), len(batch.route)) for batch in batches] == [(Other, 1), (d.Condition, 2)]

@@ -32,15 +32,15 @@ class RoutedBatch:
     field_condition: Any
 
     @property
-    def taught(self) -> Any:
+    def teacher_condition(self) -> Any:
         """The condition that the fields are asked under: [B]."""
         return self.condition if self.field_condition is None else self.field_condition
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """Batches of equal signature can become one."""
-        told = signature(self.condition), signature(self.taught)
-        return self.shape, told, self.target is None, tuple(self.grid.sigmas.tolist()), self.query
+        conditions = signature(self.condition), signature(self.teacher_condition)
+        return self.shape, conditions, self.target is None, tuple(self.grid.sigmas.tolist()), self.query
 
     def required_target(self, routes: Sequence[Route]) -> Tensor:
         """The target images.
@@ -56,8 +56,10 @@ class RoutedBatch:
     def __getitem__(self, index: Tensor) -> RoutedBatch:
         """The samples ``index`` (int64 [b], on the CPU)."""
         target = None if self.target is None else self.target[index.to(self.target.device)]
-        told, taught = select(self.condition, index), select(self.field_condition, index)
-        return replace(self, route=self.route[index], condition=told, target=target, field_condition=taught)
+        condition, field_condition = select(self.condition, index), select(self.field_condition, index)
+        return replace(
+            self, route=self.route[index], condition=condition, target=target, field_condition=field_condition
+        )
 
     def repeated(self, times: int) -> RoutedBatch:
         """Each sample ``times`` over, copies side by side."""
@@ -135,7 +137,7 @@ def joined(batches: Sequence[RoutedBatch]) -> RoutedBatch:
         route=torch.cat([batch.route for batch in batches]),
         condition=concatenate([batch.condition for batch in batches]),
         target=torch.cat(targets) if targets else None,
-        field_condition=None if alike else concatenate([batch.taught for batch in batches]),
+        field_condition=None if alike else concatenate([batch.teacher_condition for batch in batches]),
     )
 
 
@@ -147,7 +149,8 @@ def routed_velocity(routes: Sequence[Route], batch: RoutedBatch, z: Tensor, sigm
         rows = (batch.route == index).nonzero().squeeze(1)
         whole = len(rows) == len(z)
         rows = rows.to(z.device)
-        inputs = (z, sigma, batch.taught) if whole else (z[rows], sigma[rows], select(batch.taught, rows))
+        condition = batch.teacher_condition
+        inputs = (z, sigma, condition) if whole else (z[rows], sigma[rows], select(condition, rows))
         velocity[rows] = routes[index].field.velocity(*inputs).float()
         calls += len(rows) * routes[index].field.calls_per_velocity
     return velocity, calls

@@ -97,7 +97,7 @@ class Pool:
         self.trained, self.updates, self.groups = tensors["trained"].clone(), int(tensors["updates"]), []
         for index in range(len({name.partition(".")[0] for name in tensors if "." in name})):
             route, z, step, age, seed = (tensors[f"{index}.{name}"] for name in ("route", "z", "step", "age", "seed"))
-            told, taught = (
+            condition, field_condition = (
                 condition_from(
                     {n.removeprefix(start): part.to(device) for n, part in tensors.items() if n.startswith(start)}
                 )
@@ -106,11 +106,11 @@ class Pool:
             shape = tuple(z.shape[1:])
             batch = RoutedBatch(
                 route=route,
-                condition=told,
+                condition=condition,
                 shape=shape,
                 target=None,
                 grid=grid_of(grid, shape),
                 query=None,
-                field_condition=taught,
+                field_condition=field_condition,
             )
             self.groups.append(Trajectories(batch, z.to(device), step, age, seed))

@@ -42,7 +42,7 @@ def teacher_states(routes: Sequence[Route], batch: RoutedBatch, noise: Tensor, g
     for index in batch.route.unique().tolist():
         rows = (batch.route == index).nonzero().squeeze(1)
         teacher, there = routes[index].field, rows.to(noise.device)
-        rolled = rollout(teacher.velocity, noise[there], select(batch.taught, there), grid, query[rows])
+        rolled = rollout(teacher.velocity, noise[there], select(batch.teacher_condition, there), grid, query[rows])
         states[there] = rolled.states
         calls += rolled.calls * teacher.calls_per_velocity
     return Rollout(states, calls)

@@ -101,12 +101,12 @@ def _open_models(recipe: Recipe, *, device: torch.device) -> LoadedModels:
     plain = {name: part for name, part in recipe.fields.items() if part.mixture is None}
     bare = {name: (loader.load(name, part), loader.input(name, part)) for name, part in plain.items()}
     fields: dict[str, VelocityField] = {
-        name: _guided(field, plain[name].guidance_scale, plain[name].negative_prompt, told.family)
-        for name, (field, told) in bare.items()
+        name: _guided(field, plain[name].guidance_scale, plain[name].negative_prompt, field_input.family)
+        for name, (field, field_input) in bare.items()
     }
     mixtures = {name: part.mixture for name, part in recipe.fields.items() if part.mixture is not None}
     fields |= {name: MixtureField([fields[member] for member in mixture]) for name, mixture in mixtures.items()}
-    inputs = {name: told for name, (_, told) in bare.items() if plain[name].told_apart}
+    inputs = {name: field_input for name, (_, field_input) in bare.items() if plain[name].told_apart}
     student = Student(recipe, family, backbone, _start(recipe, family, sources))
     family.to(device, network=False)
     use_cache(recipe, list(dict.fromkeys([family, *(each.family for each in inputs.values())])))
@@ -166,8 +166,8 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
             raise RecipeError(f"routes.{index}.data: {error}") from error
         field = loaded.fields[part.field]
         if part.field in loaded.bare:
-            bare, told = loaded.bare[part.field]
-            field = _guided(bare, *recipe.guidance(part), told.family)
+            bare, field_input = loaded.bare[part.field]
+            field = _guided(bare, *recipe.guidance(part), field_input.family)
         routes.append(_route(recipe, index, field, buckets[name], family, inputs.get(part.field), grid))
     loaded.settle(device)
     try:
@@ -207,7 +207,7 @@ def _route(
     field: VelocityField,
     bucket: Bucket,
     family: Family,
-    told: FieldInput | None,
+    field_input: FieldInput | None,
     grid: GridFor,
 ) -> Route:
     part = recipe.routes[index]
@@ -218,11 +218,11 @@ def _route(
     return Route(
         part.name or part.field,
         field,
-        RouteSamples(bucket, family, told, part.resolution),
+        RouteSamples(bucket, family, field_input, part.resolution),
         weight=part.weight,
         prompt_dropout=part.prompt_dropout,
         empty=partial(family.empty, negative_prompt=negative),
-        field_empty=None if told is None else partial(told.family.empty, negative_prompt=negative),
+        field_empty=None if field_input is None else partial(field_input.family.empty, negative_prompt=negative),
         grid=_grids(family, part.num_inference_steps, recipe.rollout.shift) if part.num_inference_steps else None,
         query=_query(recipe, part.per_rollout) if part.per_rollout else None,
         shape=shape,

@@ -76,7 +76,7 @@ def route_examples(
     index: int,
     part: RoutePart,
     family: Family,
-    told: FieldInput | None,
+    field_input: FieldInput | None,
     negative_prompt: str,
     *,
     needs_targets: bool,
@@ -112,12 +112,12 @@ def route_examples(
     _require_task(index, part, edits=manifest.edits, found=f"{manifest.name} (first row: {manifest.entries[0].place})")
     if manifest.edits and not family.can_edit:
         raise RecipeError(f"routes.{index}: family {family.name!r} cannot edit, but {manifest.name} holds edits")
-    if manifest.edits and told is not None and not told.family.can_edit:
+    if manifest.edits and field_input is not None and not field_input.family.can_edit:
         raise RecipeError(
             f"routes.{index}: {manifest.name} holds edits, and the family of field {part.field!r}, "
-            f"{told.family.name!r}, cannot edit"
+            f"{field_input.family.name!r}, cannot edit"
         )
-    families = [family] if told is None else [family, told.family]
+    families = [family] if field_input is None else [family, field_input.family]
     every = cached or not all(each.takes_any_prompt for each in families)
     tried = set()
     for position, entry in enumerate(manifest.entries):
@@ -128,13 +128,13 @@ def route_examples(
             continue
         tried.add(shape)
         try:
-            samples = encoded([manifest[position]], family, told, size)
+            samples = encoded([manifest[position]], family, field_input, size)
         except ValueError as error:
             raise RecipeError(f"{entry.place}: {error}") from error
         if position == 0:
             family.empty(samples.condition, negative_prompt)
-            if told is not None:
-                told.family.empty(samples.field_condition, negative_prompt)
+            if field_input is not None:
+                field_input.family.empty(samples.field_condition, negative_prompt)
     return manifest
 
 

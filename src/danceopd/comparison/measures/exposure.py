@@ -43,7 +43,7 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
         noise = torch.randn(samples.target.shape, generator=generator).to(samples.target.device)
         grid = family.grid(recipe.evaluate.num_inference_steps, recipe.evaluate.shift, samples.shape)
         sigmas = grid.sigmas[:-1].tolist()
-        told = samples.condition if samples.field_condition is None else samples.field_condition
+        field_condition = samples.condition if samples.field_condition is None else samples.field_condition
         with autocast(pick_device(), recipe.train.precision):
             states = {
                 "own": own_states(student, noise, samples.condition, grid),
@@ -57,7 +57,7 @@ def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
                         states[name],
                         grid,
                         condition=samples.condition,
-                        field_condition=told,
+                        field_condition=field_condition,
                     )
                 )
     return {
