@@ -3,7 +3,7 @@ from tiny_suites import single_route, write
 
 from danceopd.comparison.claims import settle
 from danceopd.comparison.compare import compare, read_comparison
-from danceopd.comparison.measures import exposure, scores
+from danceopd.comparison.measures import exposure, realism, scores
 from danceopd.comparison.results import Point, Results, scores_of
 from danceopd.comparison.suite import load_suite
 from danceopd.evaluation import shapes
@@ -139,15 +139,36 @@ def test_realism_is_absorbed_without_a_call_of_its_reward(tmp_path, monkeypatch)
             compare(path, out=tmp_path / "out", resume=True)
     out = compare(path, out=tmp_path / "out", resume=True)
     summary = read_comparison(out)
-    realism = summary["measures"]["realism"]
-    assert set(realism["sources"]) == {"base", "teacher"}
-    assert realism["sources"]["teacher"]["value"] > realism["sources"]["base"]["value"]
-    closed = realism["methods"]["danceopd"]["gap_closed"]
-    reward = realism["methods"]["danceopd"]["reward"]["value"]
-    base, teacher = (realism["sources"][name]["value"] for name in ("base", "teacher"))
+    found = summary["measures"]["realism"]
+    assert set(found["sources"]) == {"base", "teacher"}
+    assert found["sources"]["teacher"]["value"] > found["sources"]["base"]["value"]
+    closed = found["methods"]["danceopd"]["gap_closed"]
+    reward = found["methods"]["danceopd"]["reward"]["value"]
+    base, teacher = (found["sources"][name]["value"] for name in ("base", "teacher"))
     assert closed["value"] == pytest.approx((reward - base) / (teacher - base), abs=1e-3)
     assert summary["claims"][0]["verdict"] == "not reproduced"  # after two updates
     assert "| danceopd |" in out.with_suffix(".md").read_text().split("## Realism reward")[1]
+
+
+def test_realism_is_compared_in_each_view(tmp_path):
+    measures = {"realism": {"teacher": "teacher"}}
+    suite = load_suite(
+        write(tmp_path, single_route({"lora": "shapes:realism"}, {"one": {}, "two": {}}, measures=measures))
+    )
+
+    def rewards(value):
+        return {"realism": [[value] * 2] * 6}
+
+    values = {"one": {2: 0.4, 5: 0.8}, "two": {2: 0.5, 9: 0.5}}
+    taken = {method: {at: {"scores": rewards(value)} for at, value in of.items()} for method, of in values.items()}
+    content = realism.measure(suite, results_of(taken, base=rewards(0.3), teacher=rewards(0.8)))
+    two = content["methods"]["two"]
+    assert [entry["gap_closed"]["value"] for entry in (two, two["compute"])] == [0.4, 0.4]
+    assert [entry["minus_reference"]["value"] for entry in (two, two["compute"])] == [0.1, -0.3]
+    assert content["methods"]["one"]["compute"]["gap_closed"]["value"] == 1.0
+    tables = realism.tables(content)
+    assert [table.title for table in tables] == ["Realism reward", "Realism reward, at equal compute"]
+    assert [row[-1][:6] for row in tables[1].rows] == ["", "", "", "-0.300"]
 
 
 def test_staleness_stands_beside_the_scores(tmp_path):

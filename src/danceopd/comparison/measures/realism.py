@@ -12,37 +12,61 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from danceopd.comparison.results import Results
-from danceopd.comparison.statistics import as_json, gap_closed, mean_over_seeds
+from danceopd.comparison.statistics import as_json, gap_closed, mean_over_seeds, paired_difference
 from danceopd.comparison.suite import Suite
-from danceopd.comparison.tables import Plot, Table, percent, score
+from danceopd.comparison.tables import Plot, Table, percent, score, signed
 from danceopd.report.page import figure_url
 
 
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
-    """Rewards of base, teacher and each method at equal updates, and the share of the gap that it closes."""
+    """Rewards of base, teacher and each method, the share of the gap that it closes, and its lead over the reference.
+
+    Of each method at equal updates, and under ``compute`` at equal compute.
+    """
     part = suite.measures.realism
     assert part is not None
     base, teacher = (results.source(name, "realism") for name in ("base", part.teacher))
+
+    def entry(method: str, view: str) -> dict[str, Any]:
+        reward = results.scores(method, results.views[method][view], "realism")
+        found = {"reward": as_json(mean_over_seeds(reward)), "gap_closed": as_json(gap_closed(reward, base, teacher))}
+        if suite.reference in results.views and method != suite.reference:
+            theirs = results.scores(suite.reference, results.views[suite.reference][view], "realism")
+            found["minus_reference"] = as_json(paired_difference(reward, theirs))
+        return found
+
     methods = {}
     for method, views in results.views.items():
-        reward = results.scores(method, views["updates"], "realism")
-        methods[method] = {
-            "reward": as_json(mean_over_seeds(reward)),
-            "gap_closed": as_json(gap_closed(reward, base, teacher)),
-        }
+        at_compute = {"compute": entry(method, "compute")} if "compute" in views else {}
+        methods[method] = entry(method, "updates") | at_compute
     sources = {name: as_json(mean_over_seeds(results.source(name, "realism")[None])) for name in results.sources}
-    return {"teacher": part.teacher, "sources": sources, "methods": methods}
+    return {"teacher": part.teacher, "reference": suite.reference, "sources": sources, "methods": methods}
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
-    """One table: who earns which reward, and the share of the gap."""
-    rows = [[name, score(reward), ""] for name, reward in content["sources"].items()]
-    rows += [[name, score(e["reward"]), percent(e["gap_closed"])] for name, e in content["methods"].items()]
+    """A table for each view: who earns which reward, and the share of the gap."""
     note = (
         f"Share of the gap: (student - base) / ({content['teacher']} - base), paired by scene. "
         "The reward is never called in training."
     )
-    return [Table("Realism reward", ("model", "reward", "share of the gap closed"), rows, note)]
+    methods = content["methods"]
+    made = [_table("Realism reward", content["sources"], methods, note)]
+    if any("compute" in entry for entry in methods.values()):
+        at_compute = {name: entry["compute"] for name, entry in methods.items()}
+        made.append(_table("Realism reward, at equal compute", content["sources"], at_compute, note))
+    return made
+
+
+def _table(title: str, sources: dict[str, Any], methods: dict[str, Any], note: str) -> Table:
+    rows = [[name, score(reward), "", ""] for name, reward in sources.items()]
+    rows += [
+        [name, score(e["reward"]), percent(e["gap_closed"]), signed(e.get("minus_reference"))]
+        for name, e in methods.items()
+    ]
+    header = ("model", "reward", "share of the gap closed", "Δ")
+    if not any("minus_reference" in entry for entry in methods.values()):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return Table(title, header, rows, note)
 
 
 def plots(content: dict[str, Any]) -> list[Plot]:
