@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from danceopd.cli import USER_ERRORS, app
+from danceopd.cli import app
 from danceopd.data.images import read_image_file
+from danceopd.errors import UserError
 from danceopd.families.shapes import WEIGHTS
 from danceopd.fields.weights import file_hash, load_lora, read_metadata, read_safetensors
 from danceopd.plan import Plan
@@ -140,7 +141,7 @@ def test_a_report_is_one_self_contained_page(tmp_path):
     for damaged in ('{"models": ', "[]"):
         folder.evaluation_file.write_text(damaged)
         refused = CliRunner().invoke(app, ["report", str(folder.path)])
-        assert isinstance(refused.exception, USER_ERRORS)
+        assert isinstance(refused.exception, UserError)
         assert "run: danceopd evaluate" in str(refused.exception)
 
 
@@ -152,7 +153,7 @@ def test_a_few_step_student_is_neither_scored_nor_sampled_in_other_steps(tmp_pat
     other = [str(folder.path), "--num-inference-steps", "4"]
     for command in (["evaluate", *other], ["sample", *other, "--prompt", "a red circle"]):
         refused = CliRunner().invoke(app, command)
-        assert isinstance(refused.exception, USER_ERRORS)
+        assert isinstance(refused.exception, UserError)
         assert "evaluate.num_inference_steps: rollout.substeps teaches" in str(refused.exception)
     drawn = [*other, "--prompt", "a red circle", "--field", "base", "--out", str(tmp_path / "drawn")]
     assert CliRunner().invoke(app, ["sample", *drawn]).exit_code == 0
