@@ -89,7 +89,7 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ),
         ("resolution=0", r"yaml: resolution: Input should be greater than or equal to 1, found 0$"),
         ("resolution=[32]", r"resolution: needs height and width, \[768, 1024\], or one .*, found \[32\]"),
-        ("guidance_scale=2", r"unknown key 'guidance_scale' \(a key of evaluate, fields.NAME, routes.N\)"),
+        ("guidance_scale=2", r"unknown key 'guidance_scale' \(a key of evaluate, fields.NAME, routes.N; or did"),
         ("train.embedded_guidance=2", r"'train.embedded_guidance' \(a key of the top level\)"),
         (
             "routes.0.data={generator: shapes/t2i, sizes: 3}",
@@ -97,6 +97,8 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
         ),
         ("routes=[]", r"yaml: routes: needs at least 1, found \[\]$"),
         ("student.init=5", r"yaml: student.init: Input should be a valid string, found 5, or needs keys and values, "),
+        ("student.init={edit: a}", r"yaml: student.init.edit: Input should be a valid number, found 'a'"),
+        ("fields.1={base: true}", r"fields.1: a name is needed before the colon|fields.1: a field's name"),
         ("student.init=edti", r"student.init: 'edti' is neither .* \(did you mean 'edit'\?\); such fields here: edit$"),
         ("resolution=large", r"resolution: needs height and width, .*, found 'large'"),
         ("routes.0.negative_prompt=blurry", r"routes.0.negative_prompt: needs a 'guidance_scale'"),

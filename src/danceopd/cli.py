@@ -240,7 +240,8 @@ def export(
     ] = None,
     base_id: Annotated[str | None, typer.Option(help="The base's hub id (ORG/NAME), for the model card.")] = None,
     dtype: Annotated[
-        ExportType | None, typer.Option(help="Of merged weights over diffusers; the base's own by default.")
+        ExportType | None,
+        typer.Option(help="Of merged weights; the base's own by default, fp32 for a full student."),
     ] = None,
 ) -> None:
     """Write the student so that it fits the original base; it is reloaded and compared before this succeeds."""

@@ -49,6 +49,8 @@ MADE_BY = {
     "soft_mixing": "trained by on-policy distillation of the average of its fields (soft mixing)",
 }
 """By method, how a model card's first sentence ends."""
+TITLES = {"joint": "A model trained on the data of several tasks", "weight_merge": "A merge of several models"}
+"""By method, a model card's title, where nothing was distilled."""
 FREE_TEXT = {"prompt_prefix", "negative_prompt"}
 """Keys of a recipe whose values may begin like a path and are none."""
 
@@ -71,7 +73,7 @@ def export(
         form: ``"lora"`` as diffusers loads it, ``"peft"``, or ``"merged"``, the whole network; by default lora for a
             LoRA student and merged for a full one.
         base_id: the base's name on the hub, for the model card; the recipe's, or its folder's name, by default.
-        dtype: of the merged weights; the base's own by default.
+        dtype: of the merged weights; by default the base's own, and float32 for a student without a LoRA.
 
     Returns:
         The largest difference between the reloaded model's velocity and the student's own.
@@ -111,20 +113,22 @@ def _export_folder(run: LoadedModels, out: Path, form: Format, dtype: DType | No
     family: Any = run.family
     student, lora = run.student.model, run.student.lora()
     if form == "merged" or lora is None:
-        return export_merged(family, _merged(run, DTYPES[dtype] if dtype else None), student, out, card=card)
+        computed_in = run.student.network if lora is None else family.network
+        merged = _merged(run, DTYPES[dtype] if dtype else None)
+        return export_merged(family, merged, student, out, card=card, computed_in=computed_in)
     return (export_lora if form == "lora" else export_peft)(family, lora, student, out, card=card)
 
 
 def _merged(run: LoadedModels, dtype: torch.dtype | None = None) -> nn.Module:
-    """A network without adapters that holds the student's weights. dtype: of the sums and the weights."""
+    """A network without adapters that holds the student's weights. dtype: of the weights, rounded once."""
     lora = run.student.lora()
     if lora is None:
         return run.student.network if dtype is None else deepcopy(run.student.network).to(dtype)
     network = run.family.load_model().get_submodule("network")
     if dtype is not None:
-        network.to(dtype)
+        network.float()
     merge_lora(network, lora)
-    return network
+    return network if dtype is None else network.to(dtype)
 
 
 def _export_file(run: LoadedModels, out: Path, form: Format) -> float:
@@ -172,6 +176,9 @@ def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_
     updates = f"Trained for {state.step} updates of {recipe.train.batch_size} samples by {recipe.method}"
     areas = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items())
     limits = [f"{updates}, on images of about the area of {areas} pixels; other sizes were not tried."]
+    if recipe.method == "weight_merge":
+        limits = ["Nothing was trained: the weights were averaged as they were."]
+    fields = "several fields" if len(recipe.routes) > 1 else "one field"
     if recipe.rollout.substeps > 1:
         limits.append(
             f"Taught to sample in {recipe.rollout.num_inference_steps} steps; other numbers of steps were not taught."
@@ -182,6 +189,8 @@ def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_
         hashes={names.of_source(source): digest for source, digest in state.hashes.items()},
         recipe=dump_recipe(public),
         trained=MADE_BY[recipe.method],
+        title=TITLES.get(recipe.method, f"A student distilled from {fields}"),
+        size=run.family.size,
         guidance_scale=recipe.evaluate.guidance_scale,
         num_inference_steps=recipe.evaluate.num_inference_steps,
         advice=_advice(recipe),
@@ -193,10 +202,11 @@ def model_card(folder: RunFolder, run: LoadedModels, state: TrainingState, base_
 def _advice(recipe: Recipe) -> list[str]:
     """What a user of the student has to know before drawing with it."""
     advice = []
-    guided = [route.name or route.field for route in recipe.routes if recipe.guidance(route)[0] != 1.0]
-    if guided and recipe.method not in ("joint", "weight_merge"):
+    guided = [name for name, scales in recipe.taught_guidance().items() if set(scales) != {1.0}]
+    if guided:
         advice.append(f"It has absorbed guidance ({', '.join(guided)}); guidance of the call multiplies that.")
-    if any(recipe.fields[route.field].prompt_prefix for route in recipe.routes):
+    asked = recipe.method not in ("joint", "weight_merge")
+    if asked and any(recipe.fields[route.field].prompt_prefix for route in recipe.routes):
         advice.append("Prompts need no trigger words: each prompt_prefix was said to its field alone.")
     if recipe.evaluate.shift is not None:
         advice.append(f"In its run the sampler's shift was {recipe.evaluate.shift:g}, not the pipeline's own.")

@@ -74,13 +74,17 @@ def _rollout_sentence(method: Method) -> str | None:
 
 def _guidance_sentence(recipe: Recipe) -> str | None:
     """What the routes teach and the pictures are drawn under, where it may not be what is meant."""
-    scales = {route.name or route.field: recipe.guidance(route)[0] for route in recipe.routes}
-    drawn = recipe.evaluate.guidance_scale
-    if set(scales.values()) == {1.0} or (len(set(scales.values())) == 1 and drawn == 1.0):
+    taught, drawn = recipe.taught_guidance(), recipe.evaluate.guidance_scale
+    scales = {scale for several in taught.values() for scale in several}
+    if scales <= {1.0} or (len(scales) == 1 and drawn == 1.0):
         return None
-    taught = ", ".join(f"{name} {scale:g}" if scale != 1.0 else f"{name} none" for name, scale in scales.items())
+
+    def words(several: tuple[float, ...]) -> str:
+        return " and ".join("none" if scale == 1.0 else f"{scale:g}" for scale in dict.fromkeys(several))
+
+    absorbed = ", ".join(f"{name} {words(several)}" for name, several in taught.items())
     besides = "none" if drawn == 1.0 else f"{drawn:g}, on top of what was absorbed"
-    return f"absorbed by route: {taught}; pictures are drawn under {besides} (evaluate.guidance_scale)"
+    return f"absorbed by route: {absorbed}; pictures are drawn under {besides} (evaluate.guidance_scale)"
 
 
 def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float) -> str:

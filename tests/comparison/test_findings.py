@@ -17,8 +17,8 @@ def intervals(content):
     if isinstance(content, dict):
         if {"value", "low", "high"} <= content.keys():
             yield content["value"], content["low"], content["high"]
-        for value in content.values():
-            yield from intervals(value)
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from intervals(value)
 
 
 def is_rounded(text, value):

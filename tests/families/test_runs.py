@@ -102,7 +102,8 @@ def test_a_recipe_is_checked_trained_resumed_sampled_and_exported(recipe_file, r
         card = (out / "README.md").read_text()
         assert str(tmp_path) not in card
         assert all(digest in card for digest in assembly.hashes.values())
-        told = {"num_inference_steps": part.num_inference_steps, **family.call_options(1.0)}
+        size = {"height": HEIGHT, "width": WIDTH}
+        told = {**size, "num_inference_steps": part.num_inference_steps, **family.call_options(1.0)}
         call = ", ".join(f"{name}={value!r}" for name, value in told.items())
         assert f'image = pipe(prompt="...", {call}).images[0]' in card
     strong = part.model_copy(update={"guidance_scale": 3.0})
@@ -304,6 +305,22 @@ def test_a_student_of_a_half_precision_base_merges_in_float32(sd3, tmp_path):
     for name, weight in whole.state_dict().items():
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight, fused[name], rtol=0, atol=1e-6)
+
+
+def test_a_forgotten_merge_is_refused_whatever_the_types(sd3, tmp_path, monkeypatch):
+    """The bare base in the place of a student over a bf16 base, and of a full float32 student over one."""
+
+    def forgotten(run, dtype=None):
+        return run.family.load_model().get_submodule("network").float()
+
+    for name, student, dtype in (("lora", {"lora": {"rank": 4}}, "fp32"), ("full", {"lora": None}, None)):
+        changes = [f"output={tmp_path / name}", f"student={json.dumps(student)}"]
+        folder = train(load_recipe(sd3(base_dtype="bf16"), changes))
+        with monkeypatch.context() as patch:
+            patch.setattr("danceopd.exports._merged", forgotten)
+            with pytest.raises(WeightsError, match="does not give back the student"):
+                export(folder, tmp_path / "export", form="merged", dtype=dtype)
+        export(folder, tmp_path / f"{name}-merged", form="merged", dtype=dtype)
 
 
 def test_a_student_exports_after_its_data_is_gone(sd3, tmp_path):

@@ -47,7 +47,7 @@ class ModelCard:
     hashes: SHA-256 in hexadecimal by source: weights, data.
     recipe: the recipe's text, whole.
     trained: how the student was made, as the end of the card's first sentence.
-    guidance_scale, num_inference_steps: of the sampler that it is meant for.
+    guidance_scale, num_inference_steps, size: of the sampler that it is meant for; size is height and width.
     advice: on its use, a sentence each.
     scores: by name; none where none were measured, and the card then says so.
     limits: what a user should not expect, a sentence each.
@@ -61,6 +61,7 @@ class ModelCard:
     trained: str
     guidance_scale: float
     num_inference_steps: int
+    size: tuple[int, int]
     advice: Sequence[str] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
     limits: Sequence[str] = ()
@@ -101,7 +102,8 @@ class ModelCard:
         ) + "\n"  # fmt: skip
 
     def _call(self, export: Exported) -> str:
-        options = {"num_inference_steps": self.num_inference_steps, **export.call}
+        height, width = self.size
+        options = {"height": height, "width": width, "num_inference_steps": self.num_inference_steps, **export.call}
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
         image = "  # an edit: image=PICTURE besides" if export.edits else ""
         return f'image = pipe(prompt="...", {told}).images[0]{image}'

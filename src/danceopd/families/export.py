@@ -48,7 +48,8 @@ class _Form:
     """One way to give a student away.
 
     write: writes it into a folder that is not there yet. reload: the network that a user makes of that folder. what,
-    use, checked, is_lora: see ``Exported``. remedy: what else to do if half precision cannot hold the student.
+    use, checked, is_lora: see ``Exported``. computed_in: the network that the student computes with, or None for the
+    base's. remedy: what else to do if half precision cannot hold the student.
     """
 
     write: Callable[[Path], None]
@@ -57,6 +58,7 @@ class _Form:
     use: str
     checked: str
     is_lora: bool
+    computed_in: Any = None
     remedy: str = ""
 
 
@@ -133,12 +135,19 @@ def export_peft(
 
 
 def export_merged(
-    family: PipelineFamily, network: Any, student: VelocityFunction, folder: Path, *, card: ModelCard | None = None
+    family: PipelineFamily,
+    network: Any,
+    student: VelocityFunction,
+    folder: Path,
+    *,
+    card: ModelCard | None = None,
+    computed_in: Any = None,
 ) -> float:
     """As ``export_lora``, a whole transformer in a folder that its class's ``from_pretrained`` takes.
 
     network: a transformer without adapters that holds the student's weights. It is written in its own type, and
         refused where half precision cannot hold the student.
+    computed_in: the network that the student computes with, where that is another, of coarser weights.
     """
     cls, name = type(network), type(family.pipeline).__name__
 
@@ -160,7 +169,8 @@ def export_merged(
         use=use,
         checked=MERGED_CHECK,
         is_lora=False,
-        remedy="; what weights of half precision cannot hold, a LoRA can, and so can float32 (--dtype fp32)",
+        computed_in=network if computed_in is None else computed_in,
+        remedy="; what half precision cannot hold, float32 can (--dtype fp32), and of a LoRA student its LoRA",
     )
     return _export(family, student, folder, form, card)
 
@@ -183,11 +193,14 @@ def _export(
         found = probes.velocities(family.behind_the_call(network))
         difference = float((found - needed).abs().max())
         largest = max(1.0, float(needed.abs().max()))
-        written, own = _coarseness(network), _coarseness(family.network)
+        written = _coarseness(network)
+        own = _coarseness(family.network if form.computed_in is None else form.computed_in)
         in_half = max(written, own) > FLOAT32
         allowed = SHARE_OF_CHANGE * change if in_half else TOLERANCE * largest
         if in_half and (form.is_lora or written <= FLOAT32):
             allowed = max(allowed, ROUNDINGS * max(written, own) * largest)
+        if in_half and not form.is_lora:  # the base itself, were the student forgotten, has all of the change to miss
+            allowed = min(allowed, change / 2)
         if not difference <= allowed:
             share = difference / change if change else float("inf")
             raise WeightsError(

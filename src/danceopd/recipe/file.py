@@ -133,7 +133,10 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str) -> Any:
     """YAML in which a key stands once and ``1e-3`` is a number; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:  # such as a date that is none
+        raise yaml.YAMLError(str(error)) from error
 
 
 def _override(content: dict[str, Any], text: str) -> None:

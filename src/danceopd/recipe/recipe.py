@@ -168,6 +168,20 @@ class Recipe(Part):
         negative = field.negative_prompt if route.negative_prompt is None else route.negative_prompt
         return scale, "" if scale == 1.0 else negative
 
+    def taught_guidance(self) -> dict[str, tuple[float, ...]]:
+        """By route the guidance of its teacher, several where fields are averaged; empty where no field is asked."""
+        if self.method in ("joint", "weight_merge"):
+            return {}
+        found = {}
+        for route in self.routes:
+            members = self.fields[route.field].mixture
+            scales = [self.guidance(route)[0]] if members is None else [self.fields[m].guidance_scale for m in members]
+            found[route.name or route.field] = tuple(scales)
+        if self.method == "soft_mixing":
+            everything = tuple(scale for scales in found.values() for scale in scales)
+            return dict.fromkeys(found, everything)
+        return found
+
     def states_and_steps(self, route: RoutePart) -> tuple[int, int]:
         """States K per rollout and steps N of the grid, on a route."""
         return (

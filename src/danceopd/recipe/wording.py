@@ -29,7 +29,7 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any) -> str
     sentences: dict[str, list[str]] = {}
     for item, place in zip(items, places, strict=True):
         inside = any(other[: len(place)] == place and len(other) > len(place) for other in places)
-        if item["type"] == "too_short" and inside:  # it counts the valid members alone
+        if inside:  # a list that counts its valid members alone, or another member of a union
             continue
         if item["type"] in KEY_ERRORS and place and place[-1] == item["loc"][-1]:
             sentences[_key_error(item["type"], place, model)] = []
@@ -43,14 +43,14 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any) -> str
 def _place(item: Any, content: Any) -> tuple[str | int, ...]:
     """Where an error is, without pydantic's names for the members of a union."""
     place: list[str | int] = []
-    here, parts = content, item["loc"]
-    for part in parts:
+    here = content
+    for position, part in enumerate(item["loc"], start=1):
         known = here if isinstance(here, dict) else range(len(here)) if isinstance(here, list | tuple) else ()
-        if part not in known:
-            is_key = item["type"] in KEY_ERRORS and isinstance(here, dict)
-            return (*place, parts[-1]) if is_key else tuple(place)
-        here = here[part]
-        place.append(part)
+        if part in known:
+            here = here[part]
+            place.append(part)
+        elif position == len(item["loc"]) and item["type"] in KEY_ERRORS and isinstance(here, dict):
+            place.append(part)
     return tuple(place)
 
 
@@ -59,7 +59,8 @@ def _key_error(kind: str, place: Sequence[str | int], model: type[BaseModel]) ->
     if kind == "missing":
         return f"missing key {whole!r}"
     known, homes = _known_keys(model, place[:-1]), sorted(_homes(model, key))
-    hint = f" (a key of {', '.join(homes)})" if homes else nearest(key, known)
+    near = nearest(key, known, cutoff=0.5)
+    hint = f" (a key of {', '.join(homes)}{near.replace(' (', '; or ', 1)[:-1]})" if homes else near
     return f"unknown key {whole!r}{hint}; known here: {', '.join(known)}"
 
 
@@ -67,6 +68,10 @@ def _value_error(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] in ("model_type", "dict_type"):
         message = "needs keys and values"
+    elif item["loc"][-1:] == ("[key]",):
+        message = "a name is needed before the colon"
+    elif item["type"] == "missing":
+        message = "needs more entries"
     elif item["type"] == "tuple_type":
         message = "needs a list"
     elif item["type"] == "too_short":

@@ -50,6 +50,8 @@ def tables(content: dict[str, Any]) -> list[Table]:
         "The reward is never called in training."
     )
     methods = content["methods"]
+    if any("minus_reference" in entry for entry in methods.values()):
+        note += f" Δ is the reward's paired difference to {content['reference']}."
     made = [_table("Realism reward", content["sources"], methods, note)]
     if any("compute" in entry for entry in methods.values()):
         at_compute = {name: entry["compute"] for name, entry in methods.items()}
