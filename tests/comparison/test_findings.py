@@ -14,9 +14,8 @@ NUMBER = r"[-+]?\d+\.\d+(?:e-\d)?"
 
 
 def intervals(content):
-    if isinstance(content, dict):
-        if {"value", "low", "high"} <= content.keys():
-            yield content["value"], content["low"], content["high"]
+    if isinstance(content, dict) and {"value", "low", "high"} <= content.keys():
+        yield content["value"], content["low"], content["high"]
     for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
         yield from intervals(value)
 
