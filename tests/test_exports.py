@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from danceopd.exports import model_card
-from danceopd.recipe import parse_recipe
+from danceopd.exports import MADE_BY, model_card
+from danceopd.recipe import METHODS, parse_recipe
 from danceopd.recipe.file import read_yaml
 from danceopd.training.checkpoint import TrainingState
 from danceopd.training.run_folder import RunFolder
@@ -77,3 +77,25 @@ def test_the_card_of_a_few_step_student_says_in_how_many_steps_it_was_taught_to_
     content = CONTENT | {"rollout": {"num_inference_steps": 4, "substeps": 4}, "evaluate": {"num_inference_steps": 4}}
     card = card_of(content, {}, tmp_path)
     assert card.limits[1:] == ["Taught to sample in 4 steps; other numbers of steps were not taught."]
+
+
+def test_every_method_has_its_words_on_the_card():
+    assert MADE_BY.keys() == METHODS.keys()
+
+
+def test_a_merge_is_not_said_to_be_trained_or_told_anything(tmp_path):
+    content = CONTENT | {
+        "method": "weight_merge",
+        "train": {"steps": 0},
+        "student": {"init": {"twin": 1.0, "named": 1.0}, "init_mode": "merged"},
+    }
+    card = card_of(content, {}, tmp_path)
+    assert (card.title, card.limits) == (
+        "A merge of several models",
+        ["Nothing was trained: the weights were averaged as they were."],
+    )
+    assert card.trained == "merged from the weights of its sources, without training"
+    assert not card.advice
+    taught = card_of(CONTENT, {}, tmp_path)
+    assert taught.advice[0].startswith("It has absorbed guidance (edit); ")
+    assert taught.advice[1].startswith("Prompts need no trigger words")

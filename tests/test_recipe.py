@@ -233,3 +233,17 @@ def test_references_are_files_beside_the_recipe_or_stay_as_they_are(content, tmp
     assert fields["hub"].references == {"lora": "org/name@main/x.safetensors", "checkpoint": "org/name"}
     assert fields["own"].own_base == "org/other@v1"
     assert [part.told_apart for part in fields.values()] == [False, False, False, True]
+
+
+def test_the_guidance_that_is_taught_is_that_of_what_is_asked(content):
+    content = copy.deepcopy(content)
+    content["fields"]["t2i"]["guidance_scale"] = 3.0
+    content["fields"]["mix"] = {"mixture": ["t2i", "edit"]}
+    content["routes"][1]["guidance_scale"] = 2.0
+    content["routes"].append({"field": "mix", "name": "both", "data": {"generator": "shapes/t2i"}})
+    taught = {"t2i": (3.0,), "edit": (2.0,), "both": (3.0, 1.0)}
+    assert parse_recipe(content, where="r").taught_guidance() == taught
+    averaged = parse_recipe(content | {"method": "soft_mixing"}, where="r").taught_guidance()
+    assert averaged == dict.fromkeys(taught, (3.0, 2.0, 3.0, 1.0))
+    joint = content | {"method": "joint", "query": {}, "rollout": {}}
+    assert parse_recipe(joint, where="r").taught_guidance() == {}

@@ -308,13 +308,19 @@ def test_a_student_of_a_half_precision_base_merges_in_float32(sd3, tmp_path):
 
 
 def test_a_forgotten_merge_is_refused_whatever_the_types(sd3, tmp_path, monkeypatch):
-    """The bare base in the place of a student over a bf16 base, and of a full float32 student over one."""
+    """The bare base in the place of a student over a bf16 base, also of one whose change is within the roundings of a
+    call, and of a full float32 student over one."""
 
     def forgotten(run, dtype=None):
         return run.family.load_model().get_submodule("network").float()
 
-    for name, student, dtype in (("lora", {"lora": {"rank": 4}}, "fp32"), ("full", {"lora": None}, None)):
-        changes = [f"output={tmp_path / name}", f"student={json.dumps(student)}"]
+    lora, full = {"lora": {"rank": 4}}, {"lora": None}
+    for name, student, dtype, rate in (
+        ("lora", lora, "fp32", 0.1),
+        ("slight", lora, "fp32", 1e-3),
+        ("full", full, None, 0.1),
+    ):
+        changes = [f"output={tmp_path / name}", f"student={json.dumps(student)}", f"train.learning_rate={rate}"]
         folder = train(load_recipe(sd3(base_dtype="bf16"), changes))
         with monkeypatch.context() as patch:
             patch.setattr("danceopd.exports._merged", forgotten)
