@@ -27,9 +27,10 @@ from danceopd import DanceOPD, ModelField, NetworkCalls, Route, Samples, Streami
 from danceopd.distill.query import BANDS
 from danceopd.distill.solver import euler_step
 from danceopd.families.shapes import ShapesFamily
-from danceopd.fields.adapters import AdapterBackbone, AdapterField, AdapterModel
+from danceopd.fields.adapters import AdapterField, AdapterModel
 from danceopd.states import Query, select, to_device
 from danceopd.training.assemble import autocast
+from danceopd.training.fields import adapter_backbone
 from danceopd.training.hardware import keep_freed_memory, pick_device, resolve_precision
 
 TEACHERS = 2
@@ -108,11 +109,18 @@ def textbook_step(
 
 
 def updates(
-    network: Network, *, batch_size: int, micro_batch: int, steps: int, band: str, fold: bool, device: torch.device
+    network: Network,
+    *,
+    batch_size: int,
+    micro_batch: int,
+    steps: int,
+    band: str,
+    gradient_checkpointing: bool,
+    device: torch.device,
 ) -> tuple[dict[str, Callable[[], NetworkCalls]], list[nn.Parameter]]:
     """By mode, what makes the gradient of one update; and the student's parameters."""
     copies = [ModelField(network.call(deepcopy(network.module))) for _ in range(TEACHERS)]
-    backbone = AdapterBackbone(network.module, fold=fold)
+    backbone = adapter_backbone(network.module, device, unfolded=gradient_checkpointing)
     model, generator = network.call(network.module), torch.Generator().manual_seed(0)
     for name in ("student", *(f"teacher {index}" for index in range(TEACHERS))):
         backbone.create(name, rank=32, alpha=32, targets=network.targets, generator=generator)
@@ -189,7 +197,7 @@ def main(
         micro_batch=micro_batch or batch_size,
         steps=steps,
         band=band,
-        fold=not gradient_checkpointing,
+        gradient_checkpointing=gradient_checkpointing,
         device=device,
     )
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)

@@ -297,7 +297,7 @@ def pages(
     comparison: Annotated[list[Path], typer.Argument(help="comparison.json of a comparison.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("docs/results"),
 ) -> None:
-    """Write a comparison's JSON and the page made of it alone as NAME.json and NAME.md."""
+    """Write a comparison's JSON, and made of it alone its page and that page's picture, as NAME.json, .md and .png."""
     from danceopd.comparison.compare import write_pages
 
     for file in comparison:

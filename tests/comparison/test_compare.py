@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_suites import TINY, write
 
 from danceopd.comparison import runner
-from danceopd.comparison.claims import verdict
+from danceopd.comparison.claims import stated, verdict
 from danceopd.comparison.compare import compare, read_comparison, write_pages
+from danceopd.comparison.measures import measured
 from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.suite import SuiteError, load_suite
@@ -16,7 +18,7 @@ from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.trainer import Trainer
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS, SUITES = Path(__file__).parents[2] / "docs" / "results", Path(__file__).parents[2] / "suites"
 OTHER_JSON = {"world.json", "world_rebuilt.json", "memory.json"}
 """Files of docs/results that no comparison made."""
 CLAIMS = [
@@ -371,5 +373,21 @@ def test_every_committed_result_has_the_page_that_its_json_makes():
             unmade.add(file.name)
             continue
         assert file.stem == summary["suite"]
-        assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(summary), f"danceopd pages {file}"
+        page, picture = file.with_suffix(".md").read_text(encoding="utf-8"), f"{file.stem}.png"
+        assert page == markdown(summary, picture=picture), f"danceopd pages {file}"
+        assert Image.open(RESULTS / picture).width > 600
     assert unmade == OTHER_JSON
+
+
+@pytest.mark.parametrize("name", sorted({file.stem for file in RESULTS.glob("*.md")} - {"README"}))
+def test_every_committed_result_is_of_its_suite_as_it_is(name):
+    summary, suite = read_comparison(RESULTS / f"{name}.json"), load_suite(SUITES / f"{name}.yaml")
+    told = [{key: claim[key] for key in ("text", "paper", "holds", "kind")} for claim in summary["claims"]]
+    assert told == [stated(claim) for claim in suite.claims]
+    assert (summary["title"], summary["part"]) == (suite.title, None)
+    assert summary["seeds"] == len(suite.seeds)
+    assert summary["scenes_per_task"] == suite.recipes[suite.reference].evaluate.scenes_per_task
+    assert list(summary["measures"]) == list(measured(suite))
+    assert list(summary["measures"]["scores"]["views"]["updates"]) == list(suite.recipes)
+    chosen = {} if suite.searched is None else {name: found.chosen for name, found in suite.searched.methods.items()}
+    assert (summary["searched"] or {"chosen": {}})["chosen"] == chosen

@@ -20,16 +20,30 @@ def intervals(content):
         yield from intervals(value)
 
 
+def told_apart(content):
+    """What a page holds that is not an interval: detectable effects, and series by step."""
+    if isinstance(content, dict):
+        yield from [content["detectable"]] if content.get("detectable") is not None else []
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from [value] if isinstance(content, list) and isinstance(value, float) else told_apart(value)
+
+
+def tried(file):
+    """The scores of a search's trials, where there was one."""
+    methods = json.loads(file.read_text())["methods"].values() if file.is_file() else ()
+    return [x for method in methods for trial in method["trials"] for x in trial["scores"].values()]
+
+
 def is_rounded(text, value):
-    """Whether the digits of ``text`` are those of ``value`` to half a unit of the last, or of its hundredfold."""
+    """Whether ``text`` is ``value``, or its hundredfold, to half a unit of its last digit."""
     half = 0.5000001 * 10.0 ** -len(text.partition(".")[2])
-    return any(abs(abs(float(text)) - abs(scale * value)) <= half for scale in (1, 100))
+    return any(abs(float(text) - scale * value) <= half for scale in (1, 100))
 
 
 def is_told(texts, ends):
-    """Whether an interval is told, as it is or with its sign changed (how far something lies below)."""
+    """Whether an interval is told, as it is or from the other side (how far something lies below)."""
     value, low, high = ends
-    return any(all(map(is_rounded, texts, one)) for one in (ends, (value, high, low)))
+    return any(all(map(is_rounded, texts, one)) for one in (ends, (-value, -high, -low)))
 
 
 @pytest.mark.parametrize("name", FINDINGS)
@@ -37,10 +51,13 @@ def test_every_figure_of_the_findings_is_in_the_pages_they_are_of(name):
     files = [RESULTS / f"{page}.json" for page in {name, *re.findall(r"`(\w+)`", FINDINGS[name])}]
     pages = [file.read_text() for file in files if file.is_file()]
     suite = (SUITES / f"{name}.yaml").read_text()
-    known = [float(text) for text in re.findall(NUMBER, "".join([*pages, suite]))]
+    found = [ends for page in pages for ends in intervals(json.loads(page)) if None not in ends]
+    known = [float(text) for text in re.findall(NUMBER, suite)] + [x for ends in found for x in ends]
+    known += [x for page in pages for x in told_apart(json.loads(page))]
+    known += tried(SUITES / f"{name}.search.json")
+    known += [-x for x in known]
     missing = [text for text in re.findall(NUMBER, FINDINGS[name]) if not any(is_rounded(text, x) for x in known)]
     assert not missing
-    found = [ends for page in pages for ends in intervals(json.loads(page))]
     ranges = re.findall(rf"({NUMBER})[ %]*[(,]\s*({NUMBER})\s+to\s+({NUMBER})", FINDINGS[name])
     assert ranges
     assert not [one for one in ranges if not any(is_told(one, ends) for ends in found)]

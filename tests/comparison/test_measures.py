@@ -186,7 +186,7 @@ def test_staleness_stands_beside_the_scores(tmp_path):
     methods = read_comparison(out)["measures"]["staleness"]["methods"]
     assert "staleness" not in methods["fresh"]
     assert methods["still"]["staleness"] < 1e-4 < methods["moving"]["staleness"]  # fresh weights leave nothing stale
-    assert methods["moving"]["age"] > 0
+    assert 0 < methods["moving"]["band_distance"] < 1
     text = out.with_suffix(".md").read_text().split("## Staleness beside quality")[1]
     assert f"| {methods['moving']['staleness']:.4f} |" in text
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")

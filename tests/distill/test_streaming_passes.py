@@ -229,10 +229,17 @@ def test_a_pool_that_is_still_empty_has_a_state_too():
 
 def test_more_samples_of_a_route_than_it_has_in_the_band_are_refused(rng):
     routes = [d.Route(name, GaussianField(0, 1), Numbered()) for name in "ab"]
-    with pytest.raises(ValueError, match=r"12 samples of route 'b' were asked for, and \d+ of its 8 trajectories"):
-        streaming(*routes, pool=16, batch_size=8).step(
-            Elementwise(), batch_size=12, generator=rng, routes=torch.ones(12, dtype=torch.int64)
+    with pytest.raises(ValueError, match="8 samples of route 'b' were asked for, and 7 of its 7 trajectories"):
+        streaming(*routes, pool=14, batch_size=8).step(
+            Elementwise(), batch_size=8, generator=rng, routes=torch.ones(8, dtype=torch.int64)
         )
+
+
+def test_more_samples_than_the_pool_was_planned_for_are_refused(rng):
+    method = streaming(d.Route("a", GaussianField(0, 1), Numbered()), pool=16, batch_size=8)
+    with pytest.raises(ValueError, match="pool of 16 was planned for updates of 8 samples, found 9"):
+        method.step(Elementwise(), batch_size=9, generator=rng)
+    assert len(method.trajectories) == 0
 
 
 def test_initial_steps_are_even():

@@ -88,10 +88,19 @@ def settle(suite: Suite, results: Results, measures: dict[str, Any]) -> list[dic
     return settled
 
 
+def stated(claim: ClaimPart) -> dict[str, Any]:
+    """What is claimed, as JSON: text, paper, the range in words, and the kind of value that is to lie there."""
+    if claim.measure is None:
+        text = f"{claim.method} leads {claim.over}: {WORDS[str(claim.capability)]}, {WORDS[claim.view]}"
+        return {"text": text, "paper": claim.paper, "holds": "above 0", "kind": "difference"}
+    holds = f"at least {claim.at_least or 0.0:g}"
+    if claim.between is not None:
+        holds = "between {:g} and {:g}".format(*claim.between)
+    return {"text": claim.text, "paper": claim.paper, "holds": holds, "kind": "value"}
+
+
 def _lead(claim: ClaimPart, results: Results) -> dict[str, Any]:
-    method, over, capability = str(claim.method), str(claim.over), str(claim.capability)
-    text = f"{method} leads {over}: {WORDS[capability]}, {WORDS[claim.view]}"
-    found: dict[str, Any] = {"text": text, "paper": claim.paper, "holds": "above 0", "kind": "difference"}
+    method, over, capability, found = str(claim.method), str(claim.over), str(claim.capability), stated(claim)
     if method not in results.views or over not in results.views:
         return found | {"estimate": None, "relative": None, "verdict": None}
     one, other = (results.scores(name, results.views[name][claim.view], capability) for name in (method, over))
@@ -106,13 +115,8 @@ def _lead(claim: ClaimPart, results: Results) -> dict[str, Any]:
 
 
 def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
-    if claim.between is not None:
-        least, most = claim.between
-        holds = f"between {least:g} and {most:g}"
-    else:
-        least, most = claim.at_least or 0.0, math.inf
-        holds = f"at least {least:g}"
-    found: dict[str, Any] = {"text": claim.text, "paper": claim.paper, "holds": holds, "kind": "value"}
+    least, most = claim.between or (claim.at_least or 0.0, math.inf)
+    found = stated(claim)
     estimate = _at(measures[str(claim.measure)], str(claim.at))
     if estimate is None:
         return found | {"estimate": None, "relative": None, "verdict": None}

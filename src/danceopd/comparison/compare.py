@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from danceopd.comparison.claims import require_values
-from danceopd.comparison.page import html, markdown
+from danceopd.comparison.page import headline, html, markdown
 from danceopd.comparison.runner import ComparisonError, run_suite
 from danceopd.comparison.search import search as run_search
 from danceopd.comparison.suite import Suite, load_suite, search_path
 from danceopd.comparison.summary import KIND, summarise
-from danceopd.files import write_text
+from danceopd.files import write_bytes, write_text
 
 console = Console()
 
@@ -75,7 +75,8 @@ def search(path: Path, *, out: Path | None = None, resume: bool = False, jobs: i
 
 
 def write_pages(json_file: Path, folder: Path) -> Path:
-    """Write a comparison's JSON and its page into ``folder``, as ``NAME.json`` and ``NAME.md``; returns the page.
+    """Write a comparison's JSON, its page and its headline into ``folder``, as ``NAME.json``, ``NAME.md`` and
+    ``NAME.png``; returns the page.
 
     Raises:
         ComparisonError: if the file is not a comparison's JSON.
@@ -84,8 +85,9 @@ def write_pages(json_file: Path, folder: Path) -> Path:
     if summary is None:
         raise ComparisonError(f"{json_file} is not the JSON of a comparison")
     page = folder / f"{summary['suite']}.md"
-    write_text(folder / f"{summary['suite']}.json", json.dumps(summary, indent=1) + "\n")
-    write_text(page, markdown(summary))
+    write_text(page.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
+    write_bytes(page.with_suffix(".png"), headline(summary))
+    write_text(page, markdown(summary, picture=f"{summary['suite']}.png"))
     return page
 
 

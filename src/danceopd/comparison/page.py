@@ -1,4 +1,4 @@
-"""``comparison.md`` and ``comparison.html``, from ``comparison.json`` alone."""
+"""``comparison.md`` and ``comparison.html``, and the picture that leads them, from ``comparison.json`` alone."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from danceopd.comparison import claims
 from danceopd.comparison.measures import MEASURES
-from danceopd.comparison.tables import Table, as_markdown
+from danceopd.comparison.tables import Plot, Table, as_markdown
+from danceopd.report.page import data_url
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The verdicts, every measure's tables, and where the settings come from."""
+def markdown(summary: dict[str, Any], *, picture: str | None = None) -> str:
+    """The verdicts, every measure's tables, and where the settings come from.
+
+    picture: file of ``headline``, to stand above them.
+    """
     blocks = [f"# {summary['title']}", "", *(line + "\n" for line in _lines(summary))]
+    if picture is not None:
+        blocks.append(f"![Score against compute]({picture})\n")
     return "\n".join([*blocks, *map(as_markdown, _tables(summary))]).rstrip() + "\n"
 
 
 def html(summary: dict[str, Any]) -> str:
-    """One self-contained page: the same lines and tables, and every measure's pictures."""
-    plots = [plot for name, content in summary["measures"].items() for plot in MEASURES[name].plots(content)]
+    """One self-contained page: the same lines and tables below the headline, and all other pictures."""
+    plots = _plots(summary)
     loader = PackageLoader("danceopd.report")
-    page = Environment(loader=loader, autoescape=select_autoescape()).get_template("comparison.html")
-    return page.render(title=summary["title"], lines=_lines(summary), tables=_tables(summary), plots=plots)
+    page = Environment(loader=loader, autoescape=select_autoescape())
+    page.filters["data_url"] = data_url
+    template = page.get_template("comparison.html")
+    return template.render(title=summary["title"], lines=_lines(summary), tables=_tables(summary), plots=plots)
+
+
+def headline(summary: dict[str, Any]) -> bytes:
+    """The scores against the compute that they took: a PNG."""
+    return MEASURES["scores"].plots(summary["measures"]["scores"])[0].png
+
+
+def _plots(summary: dict[str, Any]) -> list[Plot]:
+    return [plot for name, content in summary["measures"].items() for plot in MEASURES[name].plots(content)]
 
 
 def _tables(summary: dict[str, Any]) -> list[Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 RULE = (
-    "Each capability's score is divided by its best source's on the search's scenes. Of a method's trials whose "
-    "smallest ratio is at least 0.8 of the largest smallest ratio among them, the one with the highest mean ratio is "
-    "chosen, the first of equals: the best mean, unless it sacrifices one capability."
+    "Each capability's score is divided by its best source's on the search's scenes. Of a method's trials the one with "
+    "the highest mean ratio is chosen, the first of equals."
 )
-FINALS = (
-    "The better half of a method's trials, as this would choose them one after another, goes on to the final number of "
-    "updates, and it chooses among those."
-)
-_LEAST_SHARE = 0.8
+FINALS = "The better half of a method's trials goes on to the final number of updates, and the choice is among those."
 
 
 class SearchMismatch(ValueError):
@@ -83,19 +79,13 @@ class SearchFile(_Part):
 
 def choose(trials: tuple[Trial, ...]) -> Trial:
     """The trial that ``RULE`` chooses."""
-    smallest = [min(trial.ratios.values()) for trial in trials]
-    balanced = [trial for trial, ratio in zip(trials, smallest, strict=True) if ratio >= _LEAST_SHARE * max(smallest)]
-    return max(balanced, key=lambda trial: trial.mean_ratio)
+    return max(trials, key=lambda trial: trial.mean_ratio)
 
 
 def finalists(trials: tuple[Trial, ...]) -> list[int]:
-    """Where the better half of the trials is: those that ``RULE`` would choose one after another, half rounded up."""
-    left, best = list(range(len(trials))), []
-    while 2 * len(best) < len(trials):
-        chosen = choose(tuple(trials[index] for index in left))
-        best.append(next(index for index in left if trials[index] is chosen))
-        left.remove(best[-1])
-    return sorted(best)
+    """Where the better half of the trials is, half rounded up; the first of equals."""
+    ranked = sorted(range(len(trials)), key=lambda index: -trials[index].mean_ratio)
+    return sorted(ranked[: math.ceil(len(trials) / 2)])
 
 
 def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:

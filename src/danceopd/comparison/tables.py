@@ -31,10 +31,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """image: a data URL."""
+    """A picture under a heading."""
 
     title: str
-    image: str
+    png: bytes
 
 
 def as_markdown(table: Table) -> str:

@@ -133,12 +133,9 @@ class PoolPlan:
 
     def _remedy(self) -> str:
         """What to do about a pool that is too small: the smallest multiple of the batch that is not."""
-        enough = [
-            replace(self, stratified=stratified)._enough() for stratified in (self.stratified, self.per == "sample")
-        ]
-        if enough[0] == enough[1]:
-            return f"; {enough[0]} is enough"
-        return f"; {enough[0]} is enough, {enough[1]} with stratified routing"
+        enough = self._enough()
+        stratified = replace(self, stratified=self.per == "sample")._enough()
+        return f"; {enough} is enough" + ("" if stratified == enough else f", {stratified} with stratified routing")
 
     def _enough(self) -> int:
         plan = replace(self, pool=self.batch_size)

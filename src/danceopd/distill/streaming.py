@@ -118,8 +118,14 @@ class StreamingDanceOPD(VelocityMatching):
         """Loss of one update on the live student; arguments as in ``DanceOPD.step``. All trajectories move one step.
 
         Raises:
-            ValueError: if a route has fewer trajectories in the band than samples.
+            ValueError: if ``batch_size`` is more than the pool was planned for, or a route has fewer trajectories in
+                the band than samples.
         """
+        if batch_size > self.batch_size:
+            raise ValueError(
+                f"a pool of {self.pool} was planned for updates of {self.batch_size} samples, found {batch_size}: more "
+                "would train steps further from the query band"
+            )
         chosen = self.chosen_routes(batch_size, generator, routes)
         calls = NetworkCalls() if len(self.trajectories) else self._fill(student, generator)
         losses = self.losses(batch_size, backward)

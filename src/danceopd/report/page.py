@@ -78,7 +78,7 @@ def _verdicts(evaluation: dict[str, Any]) -> list[str]:
 
 def _picture_row(folder: RunFolder, row: dict[str, Any]) -> dict[str, Any]:
     root = folder.samples / "evaluation"
-    pictures = {name: _data_url((root / file).read_bytes()) for name, file in row["files"].items()}
+    pictures = {name: data_url((root / file).read_bytes()) for name, file in row["files"].items()}
     return {"task": row["task"], "text": row["text"], "pictures": pictures}
 
 
@@ -95,7 +95,7 @@ def _loss_plot(metrics: list[dict[str, Any]]) -> str:
     positive = all(line[key] > 0 for line in metrics for key in routes if key in line)
     axes.set(xlabel="optimiser update", ylabel="training loss", yscale="log" if positive else "linear")
     axes.legend(frameon=False)
-    return figure_url(figure)
+    return data_url(figure_png(figure))
 
 
 def _score_plot(evaluation: dict[str, Any]) -> str:
@@ -110,18 +110,19 @@ def _score_plot(evaluation: dict[str, Any]) -> str:
         )
         axes.annotate(model, (x, y), textcoords="offset points", xytext=(6, 6), color=color)
     axes.set(xlabel="text-to-image score", ylabel="edit score", xlim=(-0.03, 1.06), ylim=(-0.03, 1.06))
-    return figure_url(figure)
+    return data_url(figure_png(figure))
 
 
-def figure_url(figure) -> str:
-    """The figure as a PNG data URL; the figure is closed."""
+def figure_png(figure) -> bytes:
+    """The figure as a PNG; the figure is closed."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
-    return _data_url(buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """What an ``img`` takes as its source, so that a page is one file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -278,9 +278,9 @@ def _method(
     if recipe.method == "soft_mixing":
         return soft_mixing(**common, **routing, **matching)
     if recipe.rollout.mode == "streaming":
-        part = recipe.train
-        options = {"pool": recipe.rollout.pool, "batch_size": part.batch_size}
-        options["largest_pass"] = part.batch_size // part.gradient_accumulation_steps
+        batch_size = recipe.train.batch_size
+        options = {"pool": recipe.rollout.pool, "batch_size": batch_size}
+        options["largest_pass"] = batch_size // recipe.train.gradient_accumulation_steps
         try:
             return StreamingDanceOPD(
                 **common, **routing, **matching, **options, staleness_updates=recipe.rollout.staleness_steps

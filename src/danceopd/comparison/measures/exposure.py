@@ -15,7 +15,7 @@ from danceopd.comparison.statistics import as_json, paired_ratio
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import Plot, Table, number, percent
 from danceopd.evaluation.exposure import MatchingError, data_states, matching_error, own_states
-from danceopd.report.page import COLORS, figure_url
+from danceopd.report.page import COLORS, figure_png
 from danceopd.training.assemble import Assembly, autocast
 from danceopd.training.hardware import pick_device
 from danceopd.training.inputs import encoded
@@ -134,4 +134,4 @@ def plots(content: dict[str, Any]) -> list[Plot]:
     figure.legend(
         *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
-    return [Plot("Error at each step, on own states and on noised data (dotted)", figure_url(figure))]
+    return [Plot("Error at each step, on own states and on noised data (dotted)", figure_png(figure))]

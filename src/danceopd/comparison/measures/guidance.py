@@ -22,7 +22,7 @@ from danceopd.comparison.suite_file import GuidancePart
 from danceopd.comparison.tables import Plot, Table, number, score, signed
 from danceopd.evaluation.guidance import GuidanceSums, student_guidance, unexplained
 from danceopd.evaluation.shapes import scene_noise, score_model
-from danceopd.report.page import COLORS, figure_url
+from danceopd.report.page import COLORS, figure_png
 from danceopd.training.assemble import Assembly, autocast
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
@@ -224,12 +224,12 @@ def plots(content: dict[str, Any]) -> list[Plot]:
     axes.set(xlabel="alpha * beta", ylabel="effective guidance g")
     axes.legend(frameon=False, fontsize=8)
     return [
-        Plot("Effective guidance (dashed: no prompt dropout)", figure_url(figure)),
+        Plot("Effective guidance (dashed: no prompt dropout)", figure_png(figure)),
         Plot("Guidance absorbed at each step, beta = 1 (dashed: no prompt dropout)", _absorbed(content["methods"])),
     ]
 
 
-def _absorbed(methods: dict[str, Any]) -> str:
+def _absorbed(methods: dict[str, Any]) -> bytes:
     figure, axes = plt.subplots(figsize=(5.6, 4.6))
     for (name, entry), color in zip(methods.items(), itertools.cycle(COLORS), strict=False):
         style = "o-" if entry["prompt_dropout"] else "s--"
@@ -237,4 +237,4 @@ def _absorbed(methods: dict[str, Any]) -> str:
     axes.invert_xaxis()
     axes.set(xlabel="sigma (noise on the left)", ylabel="g at this step")
     axes.legend(frameon=False, fontsize=8)
-    return figure_url(figure)
+    return figure_png(figure)

@@ -15,7 +15,7 @@ from danceopd.comparison.results import Results
 from danceopd.comparison.statistics import as_json, gap_closed, mean_over_seeds, paired_difference
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import Plot, Table, percent, score, signed
-from danceopd.report.page import figure_url
+from danceopd.report.page import figure_png
 
 
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
@@ -81,4 +81,4 @@ def plots(content: dict[str, Any]) -> list[Plot]:
     axes.bar(range(len(rewards)), value, yerr=[value - low, high - value], color=colors, capsize=3)
     axes.set_xticks(range(len(rewards)), [*sources, *methods])
     axes.set(ylabel="realism reward", ylim=(0, 1))
-    return [Plot("Realism reward", figure_url(figure))]
+    return [Plot("Realism reward", figure_png(figure))]

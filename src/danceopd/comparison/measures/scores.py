@@ -15,7 +15,7 @@ from danceopd.comparison.statistics import as_json, mean_over_seeds, paired_diff
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import WORDS, Plot, Table, number, score, signed
 from danceopd.evaluation.shapes import CAPABILITIES, score_model
-from danceopd.report.page import COLORS, figure_url
+from danceopd.report.page import COLORS, figure_png
 from danceopd.training.assemble import LoadedModels, autocast
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
@@ -82,7 +82,7 @@ def _spent(results: Results, method: str, updates: int) -> dict[str, Any]:
     return {
         "updates": updates,
         "compute": round(float(np.mean([point.compute for point in points])), 1),
-        "seconds": round(float(np.mean([point.seconds for point in points])), 1),
+        "seconds": round(float(np.median([point.seconds for point in points])), 1),
     }
 
 
@@ -185,7 +185,7 @@ def _axes(count: int, across: bool) -> tuple[Any, list[Any]]:
     return figure, list(axes.flat)
 
 
-def _compute_plot(content: dict[str, Any]) -> str:
+def _compute_plot(content: dict[str, Any]) -> bytes:
     figure, all_axes = _axes(len(content["best_source"]), across=True)
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
         colors = _method_colors(content)
@@ -202,7 +202,7 @@ def _compute_plot(content: dict[str, Any]) -> str:
         _compute_axis(axes)
         axes.set(xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
     _legend(figure, all_axes[0])
-    return figure_url(figure)
+    return figure_png(figure)
 
 
 def _compute_axis(axes: Any) -> None:
@@ -230,7 +230,7 @@ def _legend(figure: Any, axes: Any) -> None:
     )
 
 
-def _plane_plot(content: dict[str, Any]) -> str:
+def _plane_plot(content: dict[str, Any]) -> bytes:
     first, second = list(content["best_source"])[:2]
     figure, axes = plt.subplots(figsize=(5.6, 4.6))
     for name, scores in content["sources"].items():
@@ -243,10 +243,10 @@ def _plane_plot(content: dict[str, Any]) -> str:
         axes.errorbar(x["value"], y["value"], xerr=spans[0], yerr=spans[1], fmt="o", color=color, capsize=2, label=name)
     axes.set(xlabel=WORDS[first], ylabel=WORDS[second])
     _legend(figure, axes)
-    return figure_url(figure)
+    return figure_png(figure)
 
 
-def _task_plot(content: dict[str, Any]) -> str:
+def _task_plot(content: dict[str, Any]) -> bytes:
     methods = content["views"]["updates"]
     figure, all_axes = _axes(len(content["best_source"]), across=False)
     width = 0.8 / len(methods)
@@ -260,4 +260,4 @@ def _task_plot(content: dict[str, Any]) -> str:
         axes.set(ylabel="score", ylim=(0, 1), title=WORDS[capability])
     figure.tight_layout()
     _legend(figure, all_axes[0])
-    return figure_url(figure)
+    return figure_png(figure)

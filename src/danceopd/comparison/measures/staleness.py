@@ -15,7 +15,7 @@ from danceopd.comparison.results import Results
 from danceopd.comparison.statistics import as_json, mean_over_seeds
 from danceopd.comparison.suite import Suite
 from danceopd.comparison.tables import WORDS, Plot, Table, score
-from danceopd.report.page import figure_url
+from danceopd.report.page import figure_png
 from danceopd.training.assemble import Assembly
 from danceopd.training.run_folder import RunFolder
 
@@ -27,19 +27,13 @@ def settings(suite: Suite) -> None:
 def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
     """What a run logged of its pool; nothing of a run with fresh rollouts.
 
-    staleness: {update: distance}; age: of its trajectories at the end; band_distance: over the whole run.
+    staleness: {update: distance}; band_distance: over the whole run.
     """
     recipe = assembly.recipe
     lines = [line for line in RunFolder(Path(recipe.output)).metrics() if line["step"] <= recipe.train.steps]
     measured = {str(line["step"]): round(line["pool/staleness"], 5) for line in lines if "pool/staleness" in line}
-    last = next((line for line in reversed(lines) if "pool/age" in line), None)
-    if last is None:
-        return {}
-    return {
-        "staleness": measured,
-        "age": round(last["pool/age"], 3),
-        "band_distance": round(last["pool/band_distance"], 4),
-    }
+    last = next((line for line in reversed(lines) if "pool/band_distance" in line), None)
+    return {} if last is None else {"staleness": measured, "band_distance": round(last["pool/band_distance"], 4)}
 
 
 def measure(suite: Suite, results: Results) -> dict[str, Any]:
@@ -55,15 +49,14 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
         if all(taken):
             seen = [list(found["staleness"].values()) for found in taken]
             entry["staleness"] = round(float(np.mean([np.mean(values) for values in seen])), 5) if all(seen) else None
-            entry["age"] = round(float(np.mean([found["age"] for found in taken])), 3)
             entry["band_distance"] = round(float(np.mean([found["band_distance"] for found in taken])), 4)
-        entry["seconds"] = round(float(np.mean([point.seconds for point in points])), 1)
+        entry["seconds"] = round(float(np.median([point.seconds for point in points])), 1)
         methods[method] = entry
     return {"capabilities": list(suite.capabilities), "methods": methods}
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
-    """One row per method: scores, staleness, age, distance to the band, seconds."""
+    """One row per method: scores, staleness, distance to the band, seconds."""
     capabilities = content["capabilities"]
     rows = []
     for name, entry in content["methods"].items():
@@ -72,17 +65,16 @@ def tables(content: dict[str, Any]) -> list[Table]:
                 name,
                 *(score(entry[capability]) for capability in capabilities),
                 _figure(entry, "staleness", 4),
-                _figure(entry, "age", 1),
                 _figure(entry, "band_distance", 3),
                 f"{entry['seconds']:.0f}",
             ]
         )
     note = (
         "Staleness: relative distance of a state in the pool to a fresh rollout from the same noise under the weights "
-        "of that update, mean over a run. Age: updates that a trajectory has been in flight. Distance to the band: "
-        "total variation between the trained steps and the query band."
+        "of that update, mean over a run. Distance to the band: total variation between the trained steps and the "
+        "query band."
     )
-    header = ("method", *(WORDS[c] for c in capabilities), "staleness", "age", "distance to the band", "seconds")
+    header = ("method", *(WORDS[c] for c in capabilities), "staleness", "distance to the band", "seconds")
     return [Table("Staleness beside quality, at equal updates", header, rows, note)]
 
 
@@ -98,7 +90,7 @@ def plots(content: dict[str, Any]) -> list[Plot]:
         axes.errorbar(x, value, yerr=[value - low, high - value], fmt="o", capsize=3, label=WORDS[capability])
     axes.set(xlabel="staleness (relative distance to a fresh rollout)", ylabel="score")
     axes.legend(frameon=False)
-    return [Plot("Score against staleness", figure_url(figure))]
+    return [Plot("Score against staleness", figure_png(figure))]
 
 
 def _figure(entry: dict[str, Any], key: str, digits: int) -> str:
