@@ -46,6 +46,10 @@ def is_told(texts, ends):
     return any(all(map(is_rounded, texts, one)) for one in (ends, (-value, -high, -low)))
 
 
+def told_intervals(text):
+    return re.findall(rf"({NUMBER})[ %]*[(,]\s*({NUMBER})\s+to\s+({NUMBER})", text)
+
+
 @pytest.mark.parametrize("name", FINDINGS)
 def test_every_figure_of_the_findings_is_in_the_pages_they_are_of(name):
     files = [RESULTS / f"{page}.json" for page in {name, *re.findall(r"`(\w+)`", FINDINGS[name])}]
@@ -58,6 +62,18 @@ def test_every_figure_of_the_findings_is_in_the_pages_they_are_of(name):
     known += [-x for x in known]
     missing = [text for text in re.findall(NUMBER, FINDINGS[name]) if not any(is_rounded(text, x) for x in known)]
     assert not missing
-    ranges = re.findall(rf"({NUMBER})[ %]*[(,]\s*({NUMBER})\s+to\s+({NUMBER})", FINDINGS[name])
+    ranges = told_intervals(FINDINGS[name])
     assert ranges
     assert not [one for one in ranges if not any(is_told(one, ends) for ends in found)]
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/method.md"])
+def test_every_interval_beside_a_link_to_a_page_is_of_that_page(file):
+    seen = 0
+    for paragraph in (ROOT / file).read_text().split("\n\n"):
+        pages = {RESULTS / f"{name}.json" for name in re.findall(r"results/(\w+)\.md", paragraph)}
+        found = [ends for page in pages if page.is_file() for ends in intervals(json.loads(page.read_text()))]
+        told = told_intervals(paragraph) if found else []
+        assert not [one for one in told if not any(None not in ends and is_told(one, ends) for ends in found)]
+        seen += len(told)
+    assert seen
