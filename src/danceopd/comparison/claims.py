@@ -12,6 +12,8 @@ from danceopd.comparison.suite_file import ClaimPart
 from danceopd.comparison.tables import WORDS, Table, percent, signed
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
+OF_OUR_OWN = {REPRODUCED: "holds", NOT_REPRODUCED: "does not hold"}
+"""The words for claims that the paper does not make."""
 
 
 def verdict(
@@ -145,12 +147,15 @@ def table(claims: list[dict[str, Any]]) -> Table:
         estimate = claim["estimate"]
         show = _shown(claim) if estimate else "not measured"
         said = claim["verdict"] or ""
+        if claim["paper"] is None:
+            said = OF_OUR_OWN.get(said, said)
         if said == INCONCLUSIVE:
             said += f" (detectable: {estimate['detectable']:.3f})"
         rows.append([claim["text"], claim["paper"] or "", show, claim["holds"], said])
     note = (
-        "By the 95 % interval: reproduced where all of it lies in the claimed range, not reproduced where all of it "
-        "lies outside, else inconclusive, with the smallest effect that would be found with 80 % power."
+        "By the 95 % interval: reproduced (a claim that is not the paper's: holds) where all of it lies in the claimed "
+        "range, not reproduced (does not hold) where all of it lies outside, else inconclusive, with the smallest "
+        "effect that would be found with 80 % power."
     )
     return Table("Verdicts", ("claim", "paper", "measured", "holds if", "verdict"), rows, note)
 
