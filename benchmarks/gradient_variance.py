@@ -25,9 +25,9 @@ from danceopd.distill.rollout import rollout
 from danceopd.recipe import load_recipe
 from danceopd.states import Query
 from danceopd.training.assemble import Assembly, assemble, autocast
+from danceopd.training.checkpoint import check_hashes, latest_checkpoint, load_checkpoint_state, load_tensors
 from danceopd.training.hardware import keep_freed_memory, pick_device, resolve_precision
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import Trainer
 
 SHOWN = ("high_noise", "low_noise", "uniform")
 
@@ -57,6 +57,15 @@ def by_step(assembly: Assembly, route: int, rollouts: int) -> tuple[Tensor, Tens
     return loss, norm
 
 
+def load_student(assembly: Assembly, folder: RunFolder) -> None:
+    """The student of a run's newest checkpoint, as it was trained (not averaged)."""
+    path = latest_checkpoint(folder.checkpoints)
+    if path is None:
+        raise typer.BadParameter(f"{folder.path} has no checkpoint")
+    check_hashes(load_checkpoint_state(path).hashes, assembly.hashes, "measured")
+    load_tensors(path, "student", dict(assembly.student.parameters))
+
+
 def second_moment(band: Tensor, asked: Tensor, norms: Tensor) -> float:
     """Of a gradient asked for by ``asked`` and weighed by ``band / asked``."""
     asked, there = asked / asked.sum(), band > 0
@@ -76,7 +85,7 @@ def main(
     if not isinstance(assembly.method, VelocityMatching):
         raise typer.BadParameter(f"method {assembly.recipe.method!r} asks for no single states")
     if run is not None:
-        Trainer(assembly, RunFolder(run)).resume()
+        load_student(assembly, RunFolder(run))
     print(f"{'route':10} {'band':12} {'by the loss':>12} {'the least':>10}")
     for index, route in enumerate(assembly.method.routes):
         losses, norms = by_step(assembly, index, rollouts)

@@ -1,7 +1,9 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,10 +15,12 @@ from danceopd.comparison.compare import compare, read_comparison, write_pages
 from danceopd.comparison.measures import measured
 from danceopd.comparison.page import html, markdown
 from danceopd.comparison.runner import ComparisonError
+from danceopd.comparison.search_file import FINALS, RULE
 from danceopd.comparison.suite import SuiteError, load_suite
 from danceopd.runs import train
 from danceopd.training.assemble import assemble
 from danceopd.training.trainer import Trainer
+from danceopd.world.tasks import T2I_TASKS
 
 RESULTS, SUITES = Path(__file__).parents[2] / "docs" / "results", Path(__file__).parents[2] / "suites"
 OTHER_JSON = {"world.json", "world_rebuilt.json", "memory.json"}
@@ -389,5 +393,15 @@ def test_every_committed_result_is_of_its_suite_as_it_is(name):
     assert summary["scenes_per_task"] == suite.recipes[suite.reference].evaluate.scenes_per_task
     assert list(summary["measures"]) == list(measured(suite))
     assert list(summary["measures"]["scores"]["views"]["updates"]) == list(suite.recipes)
+    for method in suite.recipes:
+        trained = RESULTS / "trained" / f"{method}-{suite.fingerprint(method)}"
+        for updates, capabilities in summary["measures"]["scores"]["runs"][method].items():
+            for seed, index in itertools.product(suite.seeds, range(len(T2I_TASKS))):
+                scored = trained.glob(f"seed-{seed}/points/{int(updates):06d}-scores-*.json")
+                means = [np.mean(json.loads(file.read_text())["taken"]["t2i"][index]) for file in scored]
+                assert any(abs(mean - capabilities["t2i"][seed][index]) < 1e-4 for mean in means), (method, updates)
+    if suite.searched is not None:
+        finals = RULE if suite.searched.final_updates is None else f"{RULE} {FINALS}"
+        assert suite.searched.rule == summary["searched"]["rule"] == finals
     chosen = {} if suite.searched is None else {name: found.chosen for name, found in suite.searched.methods.items()}
     assert (summary["searched"] or {"chosen": {}})["chosen"] == chosen
