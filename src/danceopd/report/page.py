@@ -20,7 +20,7 @@ from danceopd.training.run_folder import RunFolder
 
 COLORS = (
     *("#3b6fb6", "#c8553d", "#4f9d69", "#8e6bb0", "#b8860b"),
-    *("#5c6b73", "#2aa1b3", "#d9679b", "#7a4b2a", "#9aa632"),
+    *("#5c6b73", "#2aa1b3", "#d9679b", "#7a4b2a", "#9aa632", "#1f1f1f", "#8fb8de"),
 )
 
 

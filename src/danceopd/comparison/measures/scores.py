@@ -208,7 +208,7 @@ def _compute_plot(content: dict[str, Any]) -> bytes:
 def _compute_axis(axes: Any) -> None:
     """Logarithmic where the points span enough for that, with few and plain numbers."""
     low, high = axes.get_xlim()
-    if low > 0 and high < 3 * low:
+    if low > 0 and high < 6 * low:
         axes.xaxis.set_major_locator(MaxNLocator(4))
     else:
         axes.set_xscale("log")
