@@ -403,5 +403,7 @@ def test_every_committed_result_is_of_its_suite_as_it_is(name):
     if suite.searched is not None:
         finals = RULE if suite.searched.final_updates is None else f"{RULE} {FINALS}"
         assert suite.searched.rule == summary["searched"]["rule"] == finals
+        edges = {name: found.edges for name, found in suite.searched.methods.items() if found.edges}
+        assert summary["searched"]["edges"] == edges
     chosen = {} if suite.searched is None else {name: found.chosen for name, found in suite.searched.methods.items()}
     assert (summary["searched"] or {"chosen": {}})["chosen"] == chosen

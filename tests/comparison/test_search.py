@@ -168,3 +168,10 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_said():
     assert edges(rate=1e-3) == ["rate 0.001 is the lowest"]
     assert edges(rate=4e-3) == ["rate 0.004 is the highest"]
     assert edges(rate=2e-3) == []
+
+
+def test_a_merges_weights_have_ends_too():
+    tried = [{"init": {"t2i": 1.0, "edit": share}} for share in (1.0, 4.0, 16.0)] + [{"init": "edit"}]
+    trials = tuple(Trial(settings=settings, scores={}, ratios={}) for settings in tried)
+    ends = [MethodSearch(trials=trials, chosen=settings).edges for settings in tried]
+    assert ends == [["init.edit 1 is the lowest"], [], ["init.edit 16 is the highest"], []]

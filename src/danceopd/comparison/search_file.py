@@ -46,12 +46,12 @@ class MethodSearch(_Part):
     @property
     def edges(self) -> list[str]:
         """Chosen numbers that are the lowest or highest of three or more tried, in words."""
-        found = []
-        for key, value in self.chosen.items():
-            tried = [trial.settings[key] for trial in self.trials]
-            if all(isinstance(other, int | float) for other in tried) and len(set(tried)) > 2:
-                found += [f"{key} {value:g} is the lowest"] if value == min(tried) else []
-                found += [f"{key} {value:g} is the highest"] if value == max(tried) else []
+        found, tried = [], [_numbers(trial.settings) for trial in self.trials]
+        for key, value in _numbers(self.chosen).items():
+            values = [numbers[key] for numbers in tried if key in numbers]
+            if len(set(values)) > 2:
+                found += [f"{key} {value:g} is the lowest"] if value == min(values) else []
+                found += [f"{key} {value:g} is the highest"] if value == max(values) else []
         return found
 
     @property
@@ -75,6 +75,17 @@ class SearchFile(_Part):
     scenes_per_task: int
     hashes: dict[str, str]
     methods: dict[str, MethodSearch]
+
+
+def _numbers(settings: dict[str, Any]) -> dict[str, float]:
+    """The settings that are numbers, those within others (the weights of a merge) by dotted keys."""
+    found: dict[str, float] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": number for inner, number in _numbers(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = value
+    return found
 
 
 def choose(trials: tuple[Trial, ...]) -> Trial:
