@@ -67,8 +67,11 @@ def load_student(assembly: Assembly, folder: RunFolder) -> None:
 
 
 def second_moment(band: Tensor, asked: Tensor, norms: Tensor) -> float:
-    """Of a gradient asked for by ``asked`` and weighed by ``band / asked``."""
-    asked, there = asked / asked.sum(), band > 0
+    """Of a gradient asked for by ``asked`` (sums to anything) and weighed by ``band / asked``: float64 [N] each.
+
+    Steps that are never asked for count nothing: here those are without mass or without loss, and so without gradient.
+    """
+    asked, there = asked / asked.sum(), asked > 0
     return float((band[there].square() / asked[there] * norms[there]).sum())
 
 

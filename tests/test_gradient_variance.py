@@ -26,6 +26,8 @@ def test_the_second_moment_of_a_weighed_gradient_is_that_of_draws():
     least = second_moment(band, band * norms.sqrt(), norms)
     torch.testing.assert_close(torch.tensor(least).double(), (band * norms.sqrt()).sum().square())
     assert least < second_moment(band, asked, norms)
+    norms[3] = 0.0  # a step without loss is never asked for, and nothing is missed there
+    assert second_moment(band, band * norms.sqrt(), norms) == pytest.approx(float((band * norms.sqrt()).sum() ** 2))
 
 
 def test_losses_and_gradients_are_those_of_each_step():

@@ -25,7 +25,12 @@ class FailedElsewhere(RuntimeError):
     """Another process of the run failed, and says why."""
 
 
-def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)``, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest_word(word, known, cutoff=0.6)
+    return f" (did you mean {near!r}?)" if near else ""
+
+
+def nearest_word(word: str, known: Iterable[str], *, cutoff: float) -> str | None:
+    """The known word that is most like ``word``; None where none is. cutoff: in [0, 1], 1 for the word itself."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)

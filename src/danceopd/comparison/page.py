@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from danceopd.comparison import claims
-from danceopd.comparison.measures import MEASURES
+from danceopd.comparison.measures import MEASURES, scores
 from danceopd.comparison.tables import Plot, Table, as_markdown
 from danceopd.report.page import data_url
 
@@ -27,15 +27,15 @@ def html(summary: dict[str, Any]) -> str:
     """One self-contained page: the same lines and tables below the headline, and all other pictures."""
     plots = _plots(summary)
     loader = PackageLoader("danceopd.report")
-    page = Environment(loader=loader, autoescape=select_autoescape())
-    page.filters["data_url"] = data_url
-    template = page.get_template("comparison.html")
-    return template.render(title=summary["title"], lines=_lines(summary), tables=_tables(summary), plots=plots)
+    environment = Environment(loader=loader, autoescape=select_autoescape())
+    environment.filters["data_url"] = data_url
+    page = environment.get_template("comparison.html")
+    return page.render(title=summary["title"], lines=_lines(summary), tables=_tables(summary), plots=plots)
 
 
 def headline(summary: dict[str, Any]) -> bytes:
     """The scores against the compute that they took: a PNG."""
-    return MEASURES["scores"].plots(summary["measures"]["scores"])[0].png
+    return scores.against_compute(summary["measures"]["scores"])
 
 
 def _plots(summary: dict[str, Any]) -> list[Plot]:

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from danceopd.errors import UserError, nearest
+from danceopd.errors import UserError, nearest_word
 
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 """Names of fields and of a suite's methods: they are also names of folders, files and keys."""
@@ -59,9 +59,10 @@ def _key_error(kind: str, place: Sequence[str | int], model: type[BaseModel]) ->
     if kind == "missing":
         return f"missing key {whole!r}"
     known, homes = _known_keys(model, place[:-1]), sorted(_homes(model, key))
-    near = nearest(key, known, cutoff=0.5)
-    hint = f" (a key of {', '.join(homes)}{near.replace(' (', '; or ', 1)[:-1]})" if homes else near
-    return f"unknown key {whole!r}{hint}; known here: {', '.join(known)}"
+    near = nearest_word(key, known, cutoff=0.5)
+    hints = ([f"a key of {', '.join(homes)}"] if homes else []) + ([f"did you mean {near!r}?"] if near else [])
+    told = f" ({'; or '.join(hints)})" if hints else ""
+    return f"unknown key {whole!r}{told}; known here: {', '.join(known)}"
 
 
 def _value_error(item: Any) -> str:

@@ -169,7 +169,7 @@ def _detectable(methods: dict[str, Any], content: dict[str, Any]) -> str:
 
 def plots(content: dict[str, Any]) -> list[Plot]:
     """Score against compute, two capabilities as a plane, tasks as bars."""
-    made = [Plot("Score against compute (methods of one cost stand a little apart)", _compute_plot(content))]
+    made = [Plot("Score against compute (methods of one cost stand a little apart)", against_compute(content))]
     if len(content["best_source"]) > 1:
         made.append(Plot("Two capabilities, at equal updates (stars: sources)", _plane_plot(content)))
     return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
@@ -185,7 +185,8 @@ def _axes(count: int, across: bool) -> tuple[Any, list[Any]]:
     return figure, list(axes.flat)
 
 
-def _compute_plot(content: dict[str, Any]) -> bytes:
+def against_compute(content: dict[str, Any]) -> bytes:
+    """Each method's scores against the network forward-equivalents that they took, by capability: a PNG."""
     figure, all_axes = _axes(len(content["best_source"]), across=True)
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
         colors = _method_colors(content)
