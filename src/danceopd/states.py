@@ -127,10 +127,14 @@ def condition_from(tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in tensors:
         return tensors["tensor"]
     name = next(iter(tensors)).partition(".")[0]
-    kinds = {kind.__name__: kind for kind in (Condition, *Condition.__subclasses__())}
+    kinds = {kind.__name__: kind for kind in _kinds(Condition)}
     if name not in kinds:
         raise ValueError(f"there is no condition {name!r} here; known: {', '.join(kinds)}")
     return kinds[name](**{key.partition(".")[2]: part for key, part in tensors.items()})
+
+
+def _kinds(kind: type[Condition]) -> list[type[Condition]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in _kinds(child))]
 
 
 def _map(condition: Any, function: Callable[[Tensor], Tensor]) -> Any:

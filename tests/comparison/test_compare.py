@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_suites import TINY, write
+from tiny_suites import SEARCH, TINY, write
 
 from danceopd.comparison import runner
 from danceopd.comparison.claims import stated, verdict
@@ -258,6 +258,32 @@ def test_unknown_methods_poor_budgets_and_claims_about_nothing_are_refused(tmp_p
     assert not (tmp_path / "new").exists()  # before anything is trained
 
 
+def test_seeds_may_begin_anywhere_and_a_part_begins_there_too(tmp_path):
+    only = {"compute": None, "methods": {"joint": JOINT}, "reference": "joint", "seeds": 2, "first_seed": 3}
+    path, out = write(tmp_path, **only), tmp_path / "out"
+    summary = read_comparison(compare(path, out=out, seeds=1))
+    assert (summary["seeds"], summary["part"]) == (1, "seeds 3 to 3 of 2")
+    assert [folder.name for folder in out.glob("trained/joint-*/*")] == ["seed-3"]
+    with pytest.raises(SuiteError, match=r"search\.seeds: seed 4 is one that the suite reports"):
+        load_suite(write(tmp_path, **only, search={**SEARCH, "seeds": [4], "grid": {"joint": SEARCH["grid"]["joint"]}}))
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"hashes": {}}', b"\xff"])
+def test_figures_that_were_damaged_are_named(tmp_path, damage):
+    path, out = write(tmp_path, compute=None, methods={"joint": JOINT}, reference="joint"), tmp_path / "out"
+    compare(path, out=out)
+    for file in (*out.rglob("points/*.json"), *out.glob("trained/sources-*.json")):
+        kept = file.read_bytes()
+        file.write_bytes(damage)
+        with pytest.raises(ComparisonError, match=rf"{file.name} is damaged: .*; remove it to measure again"):
+            compare(path, out=out, resume=True)
+        file.write_bytes(kept)
+    broken = tmp_path / "comparison.json"
+    broken.write_text('{"kind": "comparison", "suite": "x"}')
+    with pytest.raises(ComparisonError, match="is damaged: it has no claims, measures"):
+        write_pages(broken, tmp_path)
+
+
 def test_a_claim_against_a_reference_that_was_left_out_is_not_measured(tmp_path):
     against = {**CLAIMS[2], "at": "views/updates/joint/edit/minus_reference"}
     out = compare(write(tmp_path, claims=[against], compute=None), out=tmp_path / "out", only=["joint"])
@@ -395,10 +421,12 @@ def test_every_committed_result_is_of_its_suite_as_it_is(name):
     for method in suite.recipes:
         trained = RESULTS / "trained" / f"{method}-{suite.fingerprint(method)}"
         for updates, capabilities in summary["measures"]["scores"]["runs"][method].items():
-            for seed, group in itertools.product(suite.seeds, capabilities.keys() & {"t2i", "edit"}):
+            for (index, seed), group in itertools.product(
+                enumerate(suite.seeds), capabilities.keys() & {"t2i", "edit"}
+            ):
                 scored = trained.glob(f"seed-{seed}/points/{int(updates):06d}-scores-*.json")
                 found = [np.mean(json.loads(file.read_text())["taken"][group], axis=1) for file in scored]
-                assert any(np.allclose(means, capabilities[group][seed], atol=1e-4) for means in found), (method, seed)
+                assert any(np.allclose(means, capabilities[group][index], atol=1e-4) for means in found), (method, seed)
     if suite.searched is not None:
         finals = RULE if suite.searched.final_updates is None else f"{RULE} {FINALS}"
         assert suite.searched.rule == summary["searched"]["rule"] == finals

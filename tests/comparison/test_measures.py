@@ -1,3 +1,6 @@
+import itertools
+
+import numpy as np
 import pytest
 from tiny_suites import single_route, write
 
@@ -21,6 +24,15 @@ def results_of(taken, **sources):
         views={method: {"updates": min(points), "compute": max(points)} for method, points in taken.items()},
         sources=sources,
     )
+
+
+def test_points_of_one_cost_are_drawn_apart_in_their_order():
+    costs = {"a": [100.0, 200.0], "b": [100.5], "c": [0.0], "d": [100.0, 300.0]}
+    places = scores.apart(costs)
+    assert (places["a"][1], places["c"][0], places["d"][1]) == pytest.approx((200.0, 0.0, 300.0))
+    near = [places["a"][0], places["d"][0], places["b"][0]]
+    assert [after / before for before, after in itertools.pairwise(near)] == pytest.approx([scores.APART] * 2)
+    assert np.prod(near) == pytest.approx(100.0 * 100.0 * 100.5)
 
 
 def edits(value):

@@ -122,9 +122,11 @@ def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"search": {**SEARCH, "updates": 2}}))
     with pytest.raises(SuiteError, match="made for another recipe, methods or grid"):
         load_suite(path)
-    found.write_text("{}")
-    with pytest.raises(SuiteError, match="is not a search file"):
-        load_suite(path)
+    content["methods"]["merge"]["trials"] = []
+    for damaged in (json.dumps(content), "{}"):
+        found.write_text(damaged)
+        with pytest.raises(SuiteError, match="is not a search file"):
+            load_suite(path)
 
 
 def _chosen(content, method):
@@ -160,7 +162,7 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_said():
         for band in ("low", "mid", "high")
         for eta in (0.3, 0.7)
     ]
-    trials = tuple(Trial(settings=settings, scores={}, ratios={}) for settings in tried)
+    trials = tuple(Trial(settings=settings, scores={}, ratios={"edit": 1.0}) for settings in tried)
 
     def edges(**chosen):
         return MethodSearch(trials=trials, chosen={"band": "low", "eta": 0.3} | chosen).edges
@@ -172,6 +174,6 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_said():
 
 def test_a_merges_weights_have_ends_too():
     tried = [{"init": {"t2i": 1.0, "edit": share}} for share in (1.0, 4.0, 16.0)] + [{"init": "edit"}]
-    trials = tuple(Trial(settings=settings, scores={}, ratios={}) for settings in tried)
+    trials = tuple(Trial(settings=settings, scores={}, ratios={"edit": 1.0}) for settings in tried)
     ends = [MethodSearch(trials=trials, chosen=settings).edges for settings in tried]
     assert ends == [["init.edit 1 is the lowest"], [], ["init.edit 16 is the highest"], []]

@@ -100,6 +100,7 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"methods": {"danceopd": {"train.seed": 3}}}, "train.seed is not set here"),
         ({"methods": {"danceopd": {"train.steps": 3}}}, "train.steps is not set here"),
         ({"methods": {"danceopd": {"output": "x"}}}, "output is not set here"),
+        ({"recipe": TINY["recipe"] | {"output": "x"}}, "output is not set here"),
         (grid(danceopd={"query.band": []}, joint={"method": []}, merge={"method": []}), "at least one, found"),
         (
             grid(danceopd={"query.band": ["low_noise", "low_noise"]}),

@@ -191,7 +191,7 @@ def test_routers_that_do_not_fit_are_refused():
         FlowOPD(routes=routes, grid=GRID, router=d.GapRouter())
     with pytest.raises(ValueError, match="2 routes need as many averages, found 3"):
         d.DanceOPD(routes=routes, grid=GRID, router=d.GapRouter()).load_state({"loss_averages": torch.ones(3).double()})
-    with pytest.raises(ValueError, match="its share of the pool for good, and a GapRouter changes the shares"):
+    with pytest.raises(ValueError, match="plan the pool for shares that stay, and a GapRouter changes the shares"):
         d.StreamingDanceOPD(routes=routes, grid=GRID, router=d.GapRouter(), pool=16, batch_size=4)
     with pytest.raises(ValueError, match="exact share in every update, and a CurriculumRouter changes the shares"):
         DiffusionOPD(routes=routes, grid=GRID, router=d.CurriculumRouter([1.0, 1.0], end_step=3))

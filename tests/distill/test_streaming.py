@@ -1,6 +1,7 @@
 """Streaming rollouts against fresh ones and closed forms."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from toy_streaming import GRID, Elementwise, Numbered, fresh_states, plain, stre
 
 import danceopd as d
 from danceopd.distill.query import high_noise, low_noise, mid_noise, uniform
+from danceopd.states import condition_from, condition_tensors
 
 
 @pytest.mark.parametrize("band", [low_noise, mid_noise, high_noise, uniform, d.StratifiedQuery])
@@ -147,7 +149,7 @@ class LinearStudent(nn.Module):
         return self.a[k][:, None] * z + self.b[k][:, None]
 
 
-def closed_form_gradient(student, mean, std, band):
+def closed_form_gradient(student, mean, std, probabilities):
     """d/da_k, d/db_k of sum_k p_k E((a_k - a*_k) z_k + b_k - b*_k)^2 over the student's own Gaussian states."""
     sigma = GRID.sigmas.double()
     variance = (1 - sigma[:-1]) ** 2 * std**2 + sigma[:-1] ** 2
@@ -155,7 +157,7 @@ def closed_form_gradient(student, mean, std, band):
     off_a = student.a.detach().double() - slope
     off_b = student.b.detach().double() + mean + slope * (1 - sigma[:-1]) * mean
     at, spread, result = 0.0, 1.0, []
-    for k, p in enumerate(band.step_probabilities(GRID)):
+    for k, p in enumerate(probabilities):
         result.append(2 * p * torch.stack([off_a[k] * (spread + at**2) + off_b[k] * at, off_a[k] * at + off_b[k]]))
         factor = 1 + (sigma[k + 1] - sigma[k]) * student.a[k].detach()
         at, spread = factor * at + (sigma[k + 1] - sigma[k]) * student.b[k].detach(), factor**2 * spread
@@ -163,11 +165,14 @@ def closed_form_gradient(student, mean, std, band):
 
 
 def test_the_streaming_gradient_is_the_fresh_one_in_expectation():
-    """Pools are independent; the updates of one are not, so an error bar is taken over pools."""
-    student, field, band = LinearStudent(), GaussianField(0.7, 0.5), d.BetaQuery(2.5, 1.5)
-    expected = closed_form_gradient(student, 0.7, 0.5, band)
+    """Pools are independent; the updates of one are not, so an error bar is taken over pools.
 
-    def z_scores(make, updates):
+    Where the minimum binds, at a pool of 12, the band is that of the selection.
+    """
+    student, field, band = LinearStudent(), GaussianField(0.7, 0.5), d.BetaQuery(2.5, 1.5)
+
+    def z_scores(make, updates, probabilities):
+        expected = closed_form_gradient(student, 0.7, 0.5, probabilities)
         means = []
         for seed in range(120):
             method, generator = make(), torch.Generator().manual_seed(seed)
@@ -178,10 +183,15 @@ def test_the_streaming_gradient_is_the_fresh_one_in_expectation():
         return (stacked.mean(0) - expected) / (stacked.std(0) / len(stacked) ** 0.5)
 
     routes = [d.Route("one", field, Numbered(size=8))]
-    fresh = z_scores(lambda: d.DanceOPD(routes=routes, grid=GRID, query=band), 3)
-    streamed = z_scores(lambda: streaming(*routes, query=band), 10)  # more than a trajectory's 8 steps
+    asked = band.step_probabilities(GRID)
+    (kept,) = streaming(*routes, query=band, pool=12).plan.selection()
+    assert float((kept / kept.sum() - asked).abs().sum() / 2) > 0.02
+    fresh = z_scores(lambda: d.DanceOPD(routes=routes, grid=GRID, query=band), 3, asked)
+    streamed = z_scores(lambda: streaming(*routes, query=band), 10, asked)  # more than a trajectory's 8 steps
+    small = z_scores(lambda: streaming(*routes, query=band, pool=12), 10, kept / kept.sum())
     assert float(fresh.abs().max()) < 4
     assert float(streamed.abs().max()) < 4
+    assert float(small.abs().max()) < 4
 
 
 def test_a_linear_student_learns_the_field(rng):
@@ -247,3 +257,27 @@ def test_staleness_is_the_distance_to_a_fresh_rollout_under_the_present_weights(
     assert trained.sum() == 12 * 8
     distance = (trained / 96 - low_noise().step_probabilities(GRID)).abs().sum() / 2
     assert figures["pool/band_distance"] == pytest.approx(float(distance))
+
+
+def test_a_pool_that_is_all_noise_has_no_staleness(rng):
+    method = plain(query=uniform(), pool=1, batch_size=1, staleness_updates=1)
+    found = {}
+    for _ in range(8):
+        method.step(Elementwise(), batch_size=1, generator=rng)
+        (group,) = method.trajectories.groups
+        found[int(group.step)] = method.diagnostics(Elementwise()).get("pool/staleness")
+    assert found == {0: None} | dict.fromkeys(range(1, 8), 0.0)
+
+
+def test_a_saved_condition_may_be_of_a_kind_of_a_kind():
+    @dataclass(frozen=True, kw_only=True)
+    class Marked(d.Condition):
+        mark: torch.Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Marked): ...
+
+    own = Own(prompt_embeds=torch.ones(1, 2, 3), mark=torch.ones(1))
+    again = condition_from(condition_tensors(own))
+    assert isinstance(again, Own)
+    assert torch.equal(again.mark, own.mark)

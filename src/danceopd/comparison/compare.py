@@ -14,7 +14,7 @@ from danceopd.comparison.page import headline, html, markdown
 from danceopd.comparison.runner import ComparisonError, run_suite
 from danceopd.comparison.search import search as run_search
 from danceopd.comparison.suite import Suite, load_suite, search_path
-from danceopd.comparison.summary import KIND, summarise
+from danceopd.comparison.summary import KIND, PARTS, summarise
 from danceopd.files import write_bytes, write_text
 
 console = Console()
@@ -48,7 +48,7 @@ def compare(
     require_values(suite)
     part = _part(suite, seeds, only)
     if seeds is not None:
-        suite = replace(suite, seeds=tuple(range(seeds)))
+        suite = replace(suite, seeds=tuple(range(suite.seeds[0], suite.seeds[0] + seeds)))
     spent = sorted(set(suite.seeds) & set(suite.search.seeds if suite.search is not None else ()))
     if spent:
         raise ComparisonError(f"seed {spent[0]} chose the settings of suite {suite.name!r} and cannot be reported")
@@ -64,7 +64,9 @@ def compare(
 
 def _part(suite: Suite, seeds: int | None, only: list[str] | None) -> str | None:
     left_out = [name for name in suite.recipes if only is not None and name not in only]
-    words = [f"seeds 0 to {seeds - 1} of {len(suite.seeds)}"] if seeds is not None and seeds < len(suite.seeds) else []
+    words, first = [], suite.seeds[0]
+    if seeds is not None and seeds < len(suite.seeds):
+        words = [f"seeds {first} to {first + seeds - 1} of {len(suite.seeds)}"]
     words += [f"without {', '.join(left_out)}"] if left_out else []
     return "; ".join(words) or None
 
@@ -95,13 +97,18 @@ def read_comparison(json_file: Path) -> dict[str, Any] | None:
     """The content of a comparison's JSON; None where the file is another's.
 
     Raises:
-        ComparisonError: if it cannot be read.
+        ComparisonError: if it cannot be read, or is a comparison's and not all there.
     """
     try:
         content = json.loads(json_file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ComparisonError(f"{json_file} cannot be read: {error}") from error
-    return content if isinstance(content, dict) and content.get("kind") == KIND else None
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        return None
+    missing = PARTS - content.keys()
+    if missing:
+        raise ComparisonError(f"{json_file} is damaged: it has no {', '.join(sorted(missing))}")
+    return content
 
 
 def _folder(folder: Path, resume: bool) -> Path:

@@ -19,7 +19,8 @@ def markdown(summary: dict[str, Any], *, picture: str | None = None) -> str:
     """
     blocks = [f"# {summary['title']}", "", *(line + "\n" for line in _lines(summary))]
     if picture is not None:
-        blocks.append(f"![Score against compute]({picture})\n")
+        blocks.append(f"![{scores.AGAINST_COMPUTE}]({picture})\n")
+        blocks.append(f"{scores.AGAINST_COMPUTE}; {scores.PLACED}.\n")
     return "\n".join([*blocks, *map(as_markdown, _tables(summary))]).rstrip() + "\n"
 
 

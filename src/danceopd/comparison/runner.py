@@ -163,7 +163,7 @@ def _point(
             assert take is not None
             content = {**spent, "taken": take(assembly, "student", suite)}
             write_text(files[name], json.dumps(content) + "\n")
-    contents = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    contents = {name: _kept(file, {"updates", "compute", "seconds", "hashes", "taken"}) for name, file in files.items()}
     for name, content in contents.items():
         if content["hashes"] != hashes:
             raise ComparisonError(
@@ -200,10 +200,25 @@ def _sources(suite: Suite, root: Path, report: Report) -> dict[str, dict[str, An
         report(f"sources: {', '.join(names)}")
         scored = {name: scores.take(loaded, name, suite) for name in names}
         write_text(file, json.dumps({"hashes": loaded.hashes, "scores": scored}) + "\n")
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    content = _kept(file, {"hashes", "scores"})
     if content["hashes"] != loaded.hashes:
         raise ComparisonError(f"{file} was made with other sources; remove it to compare the present ones")
     return content["scores"]
+
+
+def _kept(file: Path, keys: set[str]) -> dict[str, Any]:
+    """What an earlier comparison measured and wrote.
+
+    Raises:
+        ComparisonError: if the file is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ComparisonError(f"{file} is damaged: {error}; remove it to measure again") from error
+    if not isinstance(content, dict) or content.keys() != keys:
+        raise ComparisonError(f"{file} is damaged: needs {', '.join(sorted(keys))}; remove it to measure again")
+    return content
 
 
 def _key(suite: Suite, method: str, name: str) -> str:

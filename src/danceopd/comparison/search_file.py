@@ -7,7 +7,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 RULE = (
     "Each capability's score is divided by its best source's on the search's scenes. Of a method's trials the one with "
@@ -29,7 +29,7 @@ class Trial(_Part):
 
     settings: dict[str, Any]
     scores: dict[str, float]
-    ratios: dict[str, float]
+    ratios: dict[str, float] = Field(min_length=1)
 
     @property
     def mean_ratio(self) -> float:
@@ -39,7 +39,7 @@ class Trial(_Part):
 class MethodSearch(_Part):
     """All trials of a method, those that went on, after the final number of updates, and the settings chosen."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial, ...] = Field(min_length=1)
     finals: tuple[Trial, ...] = ()
     chosen: dict[str, Any]
 

@@ -123,7 +123,7 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     return Suite(
         name=path.stem,
         title=content.title,
-        seeds=tuple(range(content.seeds)),
+        seeds=content.training_seeds,
         reference=content.reference,
         recipes=recipes,
         updates=content.updates,
@@ -224,7 +224,7 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
             override(merged, key, value)
     except RecipeError as error:
         raise SuiteError(f"{where}: {error}") from error
-    _require_own(where, merged)
+    _require_own(where, merged, content.recipe)
     try:
         recipe = with_absolute_files(parse_recipe(merged, where=where), path.parent)
     except RecipeError as error:
@@ -239,11 +239,11 @@ def method_recipe(path: Path, content: SuiteFile, method: str, settings: dict[st
     return recipe
 
 
-def _require_own(where: str, merged: dict[str, Any]) -> None:
+def _require_own(where: str, merged: dict[str, Any], shared: dict[str, Any]) -> None:
     """Refuse what the suite sets itself, which would be lost."""
     train = merged["train"] if isinstance(merged.get("train"), dict) else {}
     given = {
-        "output": merged["output"] != UNSET,
+        "output": merged["output"] != UNSET or "output" in shared,
         "train.seed": "seed" in train,
         "train.steps": train.get("steps", 0) != 0,
     }

@@ -134,7 +134,8 @@ class SuiteFile(Part):
         default=None, gt=0, description="Forward-equivalents of a run at which they are compared too."
     )
     points: tuple[int, ...] = Field(default=(), strict=False, description="Further updates to score, for the curve.")
-    seeds: int = Field(ge=1, description="Training seeds 0..n-1.")
+    seeds: int = Field(ge=1, description="How many training seeds.")
+    first_seed: int = Field(default=0, ge=0, description="The first of them; the others follow it.")
     reference: str = Field(description="The method that all others are compared with.")
     capabilities: tuple[str, ...] = Field(
         default=("t2i", "edit"), min_length=1, strict=False, description=f"Of {', '.join(GROUPS)}; what is scored."
@@ -148,6 +149,10 @@ class SuiteFile(Part):
         description="Each method's changes to the shared recipe, {dotted key: value}; shared ones that would do "
         "nothing for it are left out.",
     )
+
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
     @model_validator(mode="after")
     def _consistent(self) -> SuiteFile:
@@ -192,7 +197,7 @@ def _check_search(search: SearchPart, suite: SuiteFile) -> None:
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"search.grid: every method gets the same number of trials, found {listed}")
-    shared = sorted(set(search.seeds) & set(range(suite.seeds)))
+    shared = sorted(set(search.seeds) & set(suite.training_seeds))
     if shared:
         raise ValueError(f"search.seeds: seed {shared[0]} is one that the suite reports; choose others")
 

@@ -11,6 +11,8 @@ from danceopd.comparison.suite import Suite
 
 KIND = "comparison"
 """What marks a JSON file as one that ``compare`` made."""
+PARTS = {"suite", "title", "seeds", "part", "scenes_per_task", "searched", "paper", "measures", "claims"}
+"""What else it has."""
 
 
 def summarise(suite: Suite, results: Results, part: str | None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class StreamingDanceOPD(VelocityMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_static_shares("streaming rollouts give each route its share of the pool for good")
+        self.require_static_shares("streaming rollouts plan the pool for shares that stay")
         if self.query.over != "step":
             raise ValueError(
                 f"streaming rollouts need a query band over 'step', found {self.query.over!r}: they train the states "
@@ -198,7 +198,7 @@ class StreamingDanceOPD(VelocityMatching):
         Nothing before the first update.
 
         band_distance: total variation between the trained steps so far and the query band, in [0, 1].
-        staleness: see ``staleness``, mean over the trajectories past step 0.
+        staleness: see ``staleness``, mean over the trajectories past step 0; left out where there are none.
         """
         pool = self.trajectories
         if not pool.updates:
@@ -213,7 +213,8 @@ class StreamingDanceOPD(VelocityMatching):
         if self.staleness_updates and pool.updates % self.staleness_updates == 0:
             far = torch.cat([staleness(student, group, self._largest_pass).cpu() for group in pool.groups])
             past = torch.cat([group.step for group in pool.groups]) > 0
-            figures["pool/staleness"] = float(far[past].mean())
+            if past.any():
+                figures["pool/staleness"] = float(far[past].mean())
         return figures
 
     def _select(self, chosen: Tensor, generator: torch.Generator) -> list[tuple[Trajectories, Tensor]]:

@@ -261,7 +261,7 @@ class Recipe(Part):
             )
         if routing.adaptive and self.rollout.mode == "streaming":
             raise ValueError(
-                "routing.by: rollout.mode 'streaming' gives each route its share of the pool for good and needs "
+                "routing.by: rollout.mode 'streaming' plans its pool for shares that stay and needs "
                 f"'weighted' or 'uniform', found {routing.by!r}"
             )
 

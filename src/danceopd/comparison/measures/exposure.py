@@ -114,7 +114,8 @@ def tables(content: dict[str, Any]) -> list[Table]:
     note = (
         "Squared distance from the student's velocity to its route's field, over the field's own square, mean over all "
         "steps, at equal updates: on all states of the student's own rollouts, and on noised data of the same inputs "
-        "from the same noise, drawn apart from the training's. Above 1, own / data is exposure bias."
+        "from the same noise, drawn apart from the training's. Above 1, own / data is exposure bias. Soft mixing has "
+        "one field for every route, the average."
     )
     header = ("method", "route", "error on own states", "error on noised data", "own / data")
     return [Table("Where students stray", header, rows, note)]

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from scipy.optimize import isotonic_regression
 
 from danceopd.comparison.results import GROUPS, Results
 from danceopd.comparison.statistics import as_json, mean_over_seeds, paired_difference, paired_ratio
@@ -167,9 +168,14 @@ def _detectable(methods: dict[str, Any], content: dict[str, Any]) -> str:
     )
 
 
+AGAINST_COMPUTE = "Score against compute"
+PLACED = "points of nearly one cost are drawn a little apart"
+"""About the places in ``against_compute``."""
+
+
 def plots(content: dict[str, Any]) -> list[Plot]:
     """Score against compute, two capabilities as a plane, tasks as bars."""
-    made = [Plot("Score against compute (methods of one cost stand a little apart)", against_compute(content))]
+    made = [Plot(f"{AGAINST_COMPUTE} ({PLACED})", against_compute(content))]
     if len(content["best_source"]) > 1:
         made.append(Plot("Two capabilities, at equal updates (stars: sources)", _plane_plot(content)))
     return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
@@ -188,18 +194,17 @@ def _axes(count: int, across: bool) -> tuple[Any, list[Any]]:
 def against_compute(content: dict[str, Any]) -> bytes:
     """Each method's scores against the network forward-equivalents that they took, by capability: a PNG."""
     figure, all_axes = _axes(len(content["best_source"]), across=True)
+    curves = {name: sorted(points, key=lambda point: point["compute"]) for name, points in content["curve"].items()}
+    places = apart({name: [point["compute"] for point in points] for name, points in curves.items()})
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
-        colors = _method_colors(content)
-        for index, (name, color) in enumerate(colors.items()):
-            points = sorted(content["curve"][name], key=lambda point: point["compute"])
+        for name, color in _method_colors(content).items():
+            points = curves[name]
             if points[-1]["compute"] == 0:  # a method without training has no place on a logarithmic axis
                 axes.axhline(points[0][capability]["value"], color=color, linestyle="--", label=name)
                 continue
             low, value, high = (np.array([point[capability][key] for point in points]) for key in _LOW_VALUE_HIGH)
-            beside = _APART ** (index - (len(colors) - 1) / 2)
-            compute = [point["compute"] * beside for point in points]
             spans = [value - low, high - value]
-            axes.errorbar(compute, value, yerr=spans, marker="o", color=color, capsize=3, label=name)
+            axes.errorbar(places[name], value, yerr=spans, marker="o", color=color, capsize=3, label=name)
         _compute_axis(axes)
         axes.set(xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
     _legend(figure, all_axes[0])
@@ -219,8 +224,26 @@ def _compute_axis(axes: Any) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-_APART = 1.012
-"""Ratio between the places of two methods of one cost, whose marks would hide each other."""
+APART = 1.008
+"""Least ratio between the places of two points, whose marks would hide each other."""
+
+
+def apart(costs: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Where the points of these costs are drawn: at least ``APART`` from each other, moved as little as that takes.
+
+    No two change their order. Costs of 0 stay.
+    """
+    placed = {name: list(of_one) for name, of_one in costs.items()}
+    points = [(cost, name, index) for name, of_one in costs.items() for index, cost in enumerate(of_one) if cost]
+    ranked = sorted(points, key=lambda point: point[0])
+    if ranked:
+        spaced = np.arange(len(ranked)) * np.log(APART)
+        logs = isotonic_regression(np.log([cost for cost, _, _ in ranked]) - spaced).x + spaced
+        for (_, name, index), place in zip(ranked, np.exp(logs), strict=True):
+            placed[name][index] = float(place)
+    return placed
+
+
 _LOW_VALUE_HIGH = ("low", "value", "high")
 
 
