@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from danceopd.comparison.runner import comparison_updates
 from danceopd.plan import check
 from danceopd.recipe import RecipeError
-from danceopd.runs import train
+from danceopd.report.page import write_report
+from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import RunStateError, checkpoints, load_checkpoint_state
 
@@ -60,6 +61,13 @@ def test_a_damaged_pool_is_refused_by_name(tiny):
         train(tiny(*STREAMING), resume=True)
 
 
+def test_a_report_shows_which_steps_were_trained(tiny):
+    folder = train(tiny(*STREAMING, "train.steps=2"))
+    evaluate(folder)
+    text = write_report(folder).read_text()
+    assert text.count('<img alt="which steps were trained" src="data:image/png;base64,') == 1
+
+
 def test_predicted_and_counted_calls_agree_in_check_metrics_and_comparison(tiny):
     recipe = tiny(*STREAMING, "train.steps=8", "train.batch_size=8", "routing={per: sample, stratified: true}")
     predicted = check(recipe)
@@ -68,6 +76,9 @@ def test_predicted_and_counted_calls_agree_in_check_metrics_and_comparison(tiny)
     assert line["calls/field"] == 8 * predicted.field_calls
     assert line["calls/train"] == 8 * predicted.train_calls
     compute = line["calls/rollout"] + line["calls/field"] + 3 * line["calls/train"]
+    assert line["forward_equivalents"] == compute
+    per_update = predicted.rollout_calls + predicted.field_calls + 3 * predicted.train_calls
+    assert line["forward_equivalents/expected"] == pytest.approx(8 * per_update + predicted.calls_once, abs=0.1)
     suite: Any = SimpleNamespace(recipes={"streaming": recipe}, updates=5, compute=compute * 1.01)
     assert comparison_updates(suite, "streaming", assemble(recipe, device=torch.device("cpu"))) == {
         "updates": 5,

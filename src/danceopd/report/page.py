@@ -14,8 +14,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.ticker import MaxNLocator
 
+from danceopd.distill.query import BANDS
+from danceopd.distill.schedule import shifted_grid
 from danceopd.files import write_text
+from danceopd.recipe import Recipe
 from danceopd.training.run_folder import RunFolder
 
 COLORS = (
@@ -35,8 +39,7 @@ def write_report(folder: RunFolder) -> Path:
         verdicts=_verdicts(evaluation),
         columns=["source", *evaluation["models"]],
         rows=[_picture_row(folder, row) for row in evaluation["shown"]],
-        loss_plot=_loss_plot(folder.metrics()),
-        score_plot=_score_plot(evaluation),
+        plots=_plots(folder, evaluation),
         recipe=folder.recipe_file.read_text(),
     )
     write_text(folder.report_file, html)
@@ -80,6 +83,32 @@ def _picture_row(folder: RunFolder, row: dict[str, Any]) -> dict[str, Any]:
     root = folder.samples / "evaluation"
     pictures = {name: data_url((root / file).read_bytes()) for name, file in row["files"].items()}
     return {"task": row["task"], "text": row["text"], "pictures": pictures}
+
+
+def _plots(folder: RunFolder, evaluation: dict[str, Any]) -> dict[str, str]:
+    """What each shows, and the picture."""
+    metrics, recipe = folder.metrics(), folder.read_recipe()
+    made = {
+        "loss per route": _loss_plot(metrics),
+        "text-to-image score against edit score": _score_plot(evaluation),
+    }
+    if recipe.rollout.mode == "streaming" and metrics:
+        made["which steps were trained"] = _step_plot(metrics[-1], recipe)
+    return made
+
+
+def _step_plot(last: dict[str, Any], recipe: Recipe) -> str:
+    """The share of each step among the states that a pool's trajectories were trained at, beside the query band."""
+    band = BANDS[recipe.query.band](over="step", per_rollout=1)
+    asked = band.step_probabilities(shifted_grid(steps=recipe.rollout.num_inference_steps)).numpy()
+    trained = np.array([last[f"pool/trained_at_step/{step:02d}"] for step in range(len(asked))])
+    figure, axes = plt.subplots(figsize=(4.6, 3.2))
+    axes.bar(range(len(asked)), trained / trained.sum(), color=COLORS[0], label="trained")
+    axes.plot(asked, "o", color=COLORS[1], label=f"query band: {recipe.query.band}")
+    axes.set(xlabel="step of the rollout (0 is pure noise)", ylabel="share of trained states")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    return data_url(figure_png(figure))
 
 
 def _loss_plot(metrics: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from danceopd.distill.step import route_gradient_cosines
 from danceopd.errors import Interrupted, UserError
 from danceopd.recipe import Recipe
-from danceopd.states import NetworkCalls, StepResult
+from danceopd.states import ExpectedCalls, NetworkCalls, StepResult
 from danceopd.training.assemble import Assembly, LoadedModels, assemble, autocast, load_models
 from danceopd.training.checkpoint import (
     ProcessState,
@@ -185,7 +185,18 @@ class Trainer:
         metrics |= {f"gradient_cosine/{a}/{b}": value for (a, b), value in parts[0][1].items()}
         metrics |= {"learning_rate": rate, "gradient_norm": norm}
         metrics |= {f"calls/{name}": count for name, count in asdict(self.calls).items()}
+        metrics["forward_equivalents"] = self.calls.forward_equivalents
+        metrics["forward_equivalents/expected"] = self._expected_compute()
         return metrics
+
+    def _expected_compute(self) -> float:
+        """What ``check`` and ``compare`` reckon the updates so far to cost, in forward-equivalents."""
+        own = self.assembly.recipe.train.batch_size * self.step * self._expected_calls.forward_equivalents
+        return round((own + self._expected_calls.once) * self.processes.count, 1)
+
+    @cached_property
+    def _expected_calls(self) -> ExpectedCalls:
+        return self.assembly.method.expected_calls()
 
     def _common_routes(self) -> Tensor | None:
         """This process's part of the routes of a whole update; None where it draws its own."""
