@@ -408,7 +408,16 @@ def test_every_committed_result_has_the_page_that_its_json_makes():
     assert unmade == OTHER_JSON
 
 
-@pytest.mark.parametrize("name", sorted({file.stem for file in RESULTS.glob("*.md")} - {"README"}))
+PUBLISHED = sorted({file.stem for file in RESULTS.glob("*.md")} - {"README"})
+
+
+def test_all_raw_scores_are_of_a_published_suite():
+    suites = [load_suite(SUITES / f"{name}.yaml") for name in PUBLISHED]
+    known = {f"{method}-{suite.fingerprint(method)}" for suite in suites for method in suite.recipes}
+    assert {folder.name for folder in (RESULTS / "trained").iterdir() if folder.is_dir()} == known
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_committed_result_is_of_its_suite_as_it_is(name):
     summary, suite = read_comparison(RESULTS / f"{name}.json"), load_suite(SUITES / f"{name}.yaml")
     told = [{key: claim[key] for key in ("text", "paper", "holds", "kind")} for claim in summary["claims"]]
