@@ -35,6 +35,12 @@ def test_points_of_one_cost_are_drawn_apart_in_their_order():
     assert np.prod(near) == pytest.approx(100.0 * 100.0 * 100.5)
 
 
+def test_more_methods_than_colours_are_still_drawn_unlike_each_other():
+    looks = scores.looks([f"method_{index}" for index in range(40)])
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(looks) == 40
+    assert len({(look.color, look.hatch) for look in looks.values()}) == 40
+
+
 def edits(value):
     return {"edit": [[value] * 2] * 6}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -181,32 +182,50 @@ def plots(content: dict[str, Any]) -> list[Plot]:
     return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
 
 
-def _method_colors(content: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(content["views"]["updates"], itertools.cycle(COLORS), strict=False))
+class Look(NamedTuple):
+    """How a method is drawn: as no other of its plot."""
+
+    color: str
+    marker: str
+    hatch: str
 
 
-def _axes(count: int, across: bool) -> tuple[Any, list[Any]]:
-    shape, size = ((1, count), (4.8 * count, 3.6)) if across else ((count, 1), (9.6, 2.8 * count))
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
-    return figure, list(axes.flat)
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """A colour for each method, and another marker and hatching once the colours are used up."""
+    rounds = itertools.cycle((("o", ""), ("s", "////"), ("^", "...."), ("D", "xxxx")))
+    every = (Look(color, *marks) for marks in rounds for color in COLORS)
+    return dict(zip(methods, every, strict=False))
+
+
+def _axes(count: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """As many axes, each of this size in inches, in rows of at most ``columns``."""
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for unused in grid.flat[count:]:
+        unused.remove()
+    return figure, list(grid.flat[:count])
 
 
 def against_compute(content: dict[str, Any]) -> bytes:
     """Each method's scores against the network forward-equivalents that they took, by capability: a PNG."""
-    figure, all_axes = _axes(len(content["best_source"]), across=True)
+    methods = looks(content["views"]["updates"])
+    size = {"columns": 2, "width": 6.7, "height": 5.0} if len(methods) > MANY else _ROW
+    figure, all_axes = _axes(len(content["best_source"]), **size)
     curves = {name: sorted(points, key=lambda point: point["compute"]) for name, points in content["curve"].items()}
     places = apart({name: [point["compute"] for point in points] for name, points in curves.items()})
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
-        for name, color in _method_colors(content).items():
+        for name, (color, marker, _) in methods.items():
             points = curves[name]
             if points[-1]["compute"] == 0:  # a method without training has no place on a logarithmic axis
                 axes.axhline(points[0][capability]["value"], color=color, linestyle="--", label=name)
                 continue
             low, value, high = (np.array([point[capability][key] for point in points]) for key in _LOW_VALUE_HIGH)
             spans = [value - low, high - value]
-            axes.errorbar(places[name], value, yerr=spans, marker="o", color=color, capsize=3, label=name)
+            axes.errorbar(places[name], value, yerr=spans, marker=marker, color=color, capsize=3, label=name)
         _compute_axis(axes)
         axes.set(xlabel="network forward-equivalents", title=WORDS[capability], ylabel="score")
+    figure.tight_layout()
     _legend(figure, all_axes[0])
     return figure_png(figure)
 
@@ -223,6 +242,11 @@ def _compute_axis(axes: Any) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(axis="x", labelsize=8)
 
+
+MANY = 8
+"""More methods than these are drawn on larger axes."""
+
+_ROW = {"columns": 4, "width": 4.8, "height": 3.6}
 
 APART = 1.008
 """Least ratio between the places of two points, whose marks would hide each other."""
@@ -261,10 +285,11 @@ def _plane_plot(content: dict[str, Any]) -> bytes:
         place = scores[first]["value"], scores[second]["value"]
         axes.plot(*place, "*", markersize=12, color="#999")
         axes.annotate(name, place, textcoords="offset points", xytext=(6, 4), color="#777", fontsize=8)
-    for name, color in _method_colors(content).items():
+    for name, (color, marker, _) in looks(content["views"]["updates"]).items():
         x, y = (content["views"]["updates"][name][capability]["overall"] for capability in (first, second))
         spans = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (x, y)]
-        axes.errorbar(x["value"], y["value"], xerr=spans[0], yerr=spans[1], fmt="o", color=color, capsize=2, label=name)
+        value = x["value"], y["value"]
+        axes.errorbar(*value, xerr=spans[0], yerr=spans[1], fmt=marker, color=color, capsize=2, label=name)
     axes.set(xlabel=WORDS[first], ylabel=WORDS[second])
     _legend(figure, axes)
     return figure_png(figure)
@@ -272,14 +297,15 @@ def _plane_plot(content: dict[str, Any]) -> bytes:
 
 def _task_plot(content: dict[str, Any]) -> bytes:
     methods = content["views"]["updates"]
-    figure, all_axes = _axes(len(content["best_source"]), across=False)
+    figure, all_axes = _axes(len(content["best_source"]), columns=1, width=9.6, height=2.8)
     width = 0.8 / len(methods)
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
-        for index, (name, color) in enumerate(_method_colors(content).items()):
+        for index, (name, (color, _, hatch)) in enumerate(looks(methods).items()):
             tasks = methods[name][capability]["tasks"]
             places = np.arange(len(tasks)) + (index - len(methods) / 2 + 0.5) * width
             low, value, high = (np.array([task[key] for task in tasks.values()]) for key in _LOW_VALUE_HIGH)
-            axes.bar(places, value, width, yerr=[value - low, high - value], color=color, ecolor="#555", label=name)
+            spans = [value - low, high - value]
+            axes.bar(places, value, width, yerr=spans, color=color, hatch=hatch, ecolor="#555", label=name)
             axes.set_xticks(range(len(tasks)), list(tasks), fontsize=8)
         axes.set(ylabel="score", ylim=(0, 1), title=WORDS[capability])
     figure.tight_layout()
