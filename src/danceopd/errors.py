@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something that was given does not fit; the message says what was found, what is needed, and where."""
 
 
+class NonFiniteValue(UserError, RuntimeError):
+    """A loss, a gradient or a velocity in training became infinite or not a number; nothing was saved after it."""
+
+
 class Interrupted(RuntimeError):
     """A signal ended the run after a whole update, which was saved. ``exit_code`` is 128 + the signal's number."""
 

@@ -12,6 +12,7 @@ from toy_streaming import GRID, Elementwise, Numbered, fresh_states, plain, stre
 
 import danceopd as d
 from danceopd.distill.query import high_noise, low_noise, mid_noise, uniform
+from danceopd.errors import NonFiniteValue
 from danceopd.states import condition_from, condition_tensors
 
 
@@ -281,3 +282,18 @@ def test_a_saved_condition_may_be_of_a_kind_of_a_kind():
     again = condition_from(condition_tensors(own))
     assert isinstance(again, Own)
     assert torch.equal(again.mark, own.mark)
+
+
+def test_a_walking_trajectory_that_breaks_ends_the_run_before_it_is_saved(rng):
+    class Breaking(Elementwise):
+        def forward(self, z, sigma, condition=None):
+            walking = torch.tensor(not torch.is_grad_enabled())
+            return super().forward(z, sigma) + torch.where(walking & (sigma < 0.8), torch.nan, 0.0)[:, None]
+
+    method, student = plain(), Elementwise()
+    method.step(student, batch_size=8, generator=rng)
+    before = method.state()
+    with pytest.raises(NonFiniteValue, match=r"^update 2: non-finite velocity on .* route one .* at step [4-6] of 8;"):
+        method.step(Breaking(), batch_size=8, generator=rng)
+    after = method.state()
+    assert all(torch.equal(after[name], before[name]) for name in before if "trained" not in name)

@@ -32,7 +32,7 @@ from danceopd.training.ema import EMA
 from danceopd.training.optimizer import learning_rate_factor
 from danceopd.training.processes import SeveralProcesses
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import NonFiniteLoss, Trainer, load_run
+from danceopd.training.trainer import Trainer, load_run
 from danceopd.world import generator
 from danceopd.world.generator import GeneratedExamples
 from danceopd.world.render import render
@@ -105,7 +105,7 @@ def test_a_non_finite_loss_stops_names_the_route_and_saves_nothing_broken(tiny):
     original = edit.velocity
     edit.velocity = lambda z, sigma, condition: original(z, sigma, condition) * (math.nan if trainer.step >= 3 else 1.0)
     with pytest.raises(
-        NonFiniteLoss, match=r"update 4: non-finite loss on route edit \(nan\).*the newest checkpoint is step-000002\."
+        match=r"update 4: non-finite loss on route edit \(nan\).*the newest checkpoint is step-000002\."
     ):
         trainer.run()
     (last,) = checkpoints(folder.checkpoints)

@@ -14,7 +14,7 @@ from danceopd.comparison.measures import MEASURES, measured, scores
 from danceopd.comparison.parallel import in_parallel
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.suite import Suite, digest, updates_within
-from danceopd.errors import UserError
+from danceopd.errors import NonFiniteValue, UserError
 from danceopd.evaluation.scorers import scorer
 from danceopd.files import write_text
 from danceopd.recipe import Recipe
@@ -25,7 +25,7 @@ from danceopd.training.checkpoint import RunStateError, checkpoints, keep_averag
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import NonFiniteLoss, load_run, prepare_recipe
+from danceopd.training.trainer import load_run, prepare_recipe
 
 Report = Callable[[str], None]
 SCORING: int | None = None
@@ -149,7 +149,7 @@ def _point(
                 report(f"{method}, seed {seed}: to update {updates}")
                 keep_averaged(_trained_to(recipe, folder), kept)
             assembly, state = load_run(folder, device=pick_device(), purpose="scored", checkpoint=kept)
-        except (RunStateError, NonFiniteLoss) as error:
+        except (RunStateError, NonFiniteValue) as error:
             raise ComparisonError(f"{method}, seed {seed}, in {folder.path}: {error}") from error
         assembly = replace(assembly, recipe=recipe)  # the recorded one may be further on, or of another folder
         spent = {

@@ -24,6 +24,7 @@ from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
 from danceopd.distill.selection import choose
 from danceopd.distill.solver import euler_step
+from danceopd.errors import NonFiniteValue
 from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
 
 
@@ -120,6 +121,7 @@ class StreamingDanceOPD(VelocityMatching):
         Raises:
             ValueError: if ``batch_size`` is more than the pool was planned for, or a route has fewer trajectories in
                 the band than samples.
+            NonFiniteValue: if a trajectory that is not trained turns infinite or NaN.
         """
         if batch_size > self.batch_size:
             raise ValueError(
@@ -147,6 +149,7 @@ class StreamingDanceOPD(VelocityMatching):
                     v = student(part.z, sigma[rows.to(self.device)], part.batch.condition)
                 velocity[rows.to(self.device)] = v.float()
                 calls += NetworkCalls(rollout=len(rows))
+            self._refuse_non_finite(members, velocity, walking)
             z = euler_step(members.z, velocity, sigma, there)
             moved.append(replace(members, z=z, step=members.step + 1, age=members.age + 1))
         self._replace_ended(moved, generator)
@@ -255,6 +258,18 @@ class StreamingDanceOPD(VelocityMatching):
             pool.groups[index] = replace(group, z=torch.cat([part.states[:, 0] for part in rolled]))
             calls += sum(part.calls for part in rolled)
         return NetworkCalls(rollout=calls)
+
+    def _refuse_non_finite(self, members: Trajectories, velocity: Tensor, walking: Tensor) -> None:
+        """No loss tells of these, and a pool that holds them would be saved. velocity: [n, ...]; walking: bool [n]."""
+        broken = walking & ~velocity.flatten(1).isfinite().all(1).cpu()
+        if broken.any():
+            first = int(broken.nonzero()[0])
+            name, step = self.routes[int(members.batch.route[first])].name, int(members.step[first])
+            raise NonFiniteValue(
+                f"update {self.trajectories.updates + 1}: non-finite velocity on a trajectory of route {name} that was "
+                f"walking, at step {step} of {len(self.plan.band)}; stopped before it was saved. A lower learning_rate "
+                "or precision fp32 usually helps"
+            )
 
     def _replace_ended(self, moved: list[Trajectories], generator: torch.Generator) -> None:
         """Keep the trajectories that have steps to come, and begin one anew on the route of every other."""

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from danceopd.distill.step import route_gradient_cosines
-from danceopd.errors import Interrupted, UserError
+from danceopd.errors import Interrupted, NonFiniteValue
 from danceopd.recipe import Recipe
 from danceopd.states import ExpectedCalls, NetworkCalls, StepResult
 from danceopd.training.assemble import Assembly, LoadedModels, assemble, autocast, load_models
@@ -42,10 +42,6 @@ from danceopd.training.hardware import keep_freed_memory, resolve_precision
 from danceopd.training.optimizer import learning_rate_factor, make_optimizer
 from danceopd.training.processes import ALONE, Processes, SeveralProcesses
 from danceopd.training.run_folder import RunFolder, Tracker
-
-
-class NonFiniteLoss(UserError, RuntimeError):
-    """A route's loss became infinite or not a number; nothing was saved after it."""
 
 
 @dataclass
@@ -127,7 +123,7 @@ class Trainer:
         """Train to the recipe's last update; a checkpoint stands at the end.
 
         Raises:
-            NonFiniteLoss, Interrupted, RunStateError.
+            NonFiniteValue, Interrupted, RunStateError.
         """
         part, on_main = self.assembly.recipe.train, self.processes.on_main
         with ExitStack() as opened, _stop_requests() as stop, _progress(shown=self.processes.main) as progress:
@@ -174,7 +170,7 @@ class Trainer:
         norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)))
         if not math.isfinite(norm):
             message = f"update {self.step + 1}: the gradient is {norm} although the loss is finite"
-            raise self.processes.alike(NonFiniteLoss(message))
+            raise self.processes.alike(NonFiniteValue(message))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(parameters)
@@ -304,7 +300,7 @@ class Trainer:
                 f"update {self.step + 1}: non-finite loss on route {listed}; stopped, the newest checkpoint is "
                 f"{'none' if saved is None else saved.name}. A lower learning_rate or precision fp32 usually helps"
             )
-            raise self.processes.alike(NonFiniteLoss(message))
+            raise self.processes.alike(NonFiniteValue(message))
 
 
 def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
