@@ -208,6 +208,10 @@ class ExpectedCalls:
         """Forward passes per training sample, a backward pass counting two; ``once`` is not in it."""
         return self.rollout + self.field + 3 * self.train
 
+    def after(self, samples: int) -> float:
+        """Forward-equivalents of a run's first ``samples`` training samples, with ``once``; 0 for none."""
+        return samples * self.forward_equivalents + self.once if samples else 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouteResult:

@@ -177,6 +177,10 @@ def test_equal_compute_buys_as_many_updates_as_predicted_and_is_spent(tmp_path):
         calls = assemble(recipe, device=torch.device("cpu")).method.expected_calls()
         assert (calls.once > 0) == (name == "streaming")
         assert entries[name]["updates"] == int((700 - calls.once) / (4 * calls.forward_equivalents))
+        assert entries[name]["expected_compute"] == pytest.approx(
+            entries[name]["updates"] * 4 * calls.forward_equivalents + calls.once, abs=0.05
+        )
+        assert entries[name]["compute"] == pytest.approx(entries[name]["expected_compute"], rel=0.08)
         assert entries[name]["compute"] == pytest.approx(700, rel=0.08)
 
 
@@ -332,7 +336,7 @@ def synthetic():
         }
         if name != "danceopd":
             found["minus_reference"] = estimate(value - 0.8)
-        scores["views"]["updates"][name] = {**spent, "edit": found}
+        scores["views"]["updates"][name] = {**spent, "expected_compute": 1234.0, "edit": found}
         scores["curve"][name] = [{**spent, "edit": estimate(value)}]
     claims = [
         {
@@ -379,7 +383,7 @@ def test_the_page_states_the_json_and_nothing_else(tmp_path):
     assert [text.count(f"| {said} |") for said in ("reproduced", "not reproduced", "holds", "does not hold")] == [1] * 4
     assert "A part of the suite: seeds 0 to 1 of 5." in text
     assert "| inconclusive (detectable: 0.029) |" in text
-    assert "| **danceopd** | 10 | 1,200 | 3 | 0.800 (0.78 to 0.82) | 0.89 (0.87 to 0.91) |  | 5.347 |" in text
+    assert "| **danceopd** | 10 | 1,200 | 1,234 | 3 | 0.800 (0.78 to 0.82) | 0.89 (0.87 to 0.91) |  | 5.347 |" in text
     assert "| danceopd | query.band mid |" in text
     assert "so that better ones may lie beyond: danceopd: rate 0.5 is the highest." in text
     assert html(synthetic()).count("data:image/png;base64,") == 2  # no plane of one capability

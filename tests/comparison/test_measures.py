@@ -23,6 +23,7 @@ def results_of(taken, **sources):
         },
         views={method: {"updates": min(points), "compute": max(points)} for method, points in taken.items()},
         sources=sources,
+        expected={method: {"updates": 100.0, "compute": 110.0} for method in taken},
     )
 
 

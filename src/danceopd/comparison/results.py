@@ -34,12 +34,13 @@ class Results:
     """All that a suite measured.
 
     points: {method: {updates: a point per seed}}; views: {method: {view: updates}};
-    sources: {name: what was taken of its scores}.
+    sources: {name: what was taken of its scores}; expected: {method: {view: the forward-equivalents predicted of it}}.
     """
 
     points: dict[str, dict[int, list[Point]]]
     views: dict[str, dict[str, int]]
     sources: dict[str, dict[str, Any]]
+    expected: dict[str, dict[str, float]]
 
     def scores(self, method: str, updates: int, capability: str) -> np.ndarray:
         """[seeds, tasks, n]; the same scenes and noise for every method."""

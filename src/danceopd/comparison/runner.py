@@ -54,10 +54,11 @@ def run_suite(
     if unknown:
         raise ComparisonError(f"suite {suite.name!r} has no method {unknown[0]!r}; it has {', '.join(suite.recipes)}")
     methods = [name for name in suite.recipes if only is None or name in only]
-    views, hashes = {}, {}
+    views, expected, hashes = {}, {}, {}
     for name in methods:
         assembly = assemble(suite.recipes[name], device=pick_device())
         views[name], hashes[name] = comparison_updates(suite, name, assembly), assembly.hashes
+        expected[name] = expected_compute(views[name], assembly)
     _require_searched_with(suite, hashes)
     sources = _sources(suite, root, report)  # before hours are spent
     work = partial(_run_points, suite, views, hashes, root)
@@ -74,7 +75,7 @@ def run_suite(
     for method, seed in runs:
         for updates, point in work((method, seed), report).items():
             points[method].setdefault(updates, []).append(point)
-    return Results(points, views, sources)
+    return Results(points, views, sources, expected)
 
 
 def _require_searched_with(suite: Suite, hashes: dict[str, dict[str, str]]) -> None:
@@ -126,6 +127,14 @@ def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[st
         per_update = recipe.train.batch_size * calls.forward_equivalents if trained else 0.0
         views["compute"] = updates_within(suite.compute, per_update, method, once=calls.once)
     return views
+
+
+def expected_compute(views: dict[str, int], assembly: Assembly) -> dict[str, float]:
+    """Forward-equivalents that the updates of each view are reckoned to cost, by the routes' first shares."""
+    if not any(views.values()):
+        return dict.fromkeys(views, 0.0)
+    calls, batch_size = assembly.method.expected_calls(), assembly.recipe.train.batch_size
+    return {view: round(calls.after(updates * batch_size), 1) for view, updates in views.items()}
 
 
 def _point(

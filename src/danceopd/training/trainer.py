@@ -187,8 +187,8 @@ class Trainer:
 
     def _expected_compute(self) -> float:
         """What ``check`` and ``compare`` reckon the updates so far to cost, in forward-equivalents."""
-        own = self.assembly.recipe.train.batch_size * self.step * self._expected_calls.forward_equivalents
-        return round((own + self._expected_calls.once) * self.processes.count, 1)
+        own = self._expected_calls.after(self.assembly.recipe.train.batch_size * self.step)
+        return round(own * self.processes.count, 1)
 
     @cached_property
     def _expected_calls(self) -> ExpectedCalls:

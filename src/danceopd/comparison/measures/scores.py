@@ -96,7 +96,7 @@ def _entry(
     updates: int,
     best: dict[str, str],
 ) -> dict[str, Any]:
-    entry = _spent(results, method, updates)
+    entry = _spent(results, method, updates) | {"expected_compute": results.expected[method][view]}
     for capability in suite.capabilities:
         scores = results.scores(method, updates, capability)
         source = results.source(best[capability], capability)
@@ -124,12 +124,13 @@ def tables(content: dict[str, Any]) -> list[Table]:
     header = ["source", *(WORDS[c] for c in capabilities)]
     made = [_with_paper(Table("Sources", tuple(header), rows), paper)]
     for view, methods in content["views"].items():
-        header = ["method", "updates", "forward-equivalents", "seconds"]
+        header = ["method", "updates", "forward-equivalents", "predicted", "seconds"]
         for capability in capabilities:
             header += [WORDS[capability], f"of {content['best_source'][capability]}'s", "Δ"]
         rows = []
         for name, entry in methods.items():
-            row = [name, f"{entry['updates']}", f"{entry['compute']:,.0f}", f"{entry['seconds']:.0f}"]
+            spent = [f"{entry[key]:,.0f}" for key in ("compute", "expected_compute")]
+            row = [name, f"{entry['updates']}", *spent, f"{entry['seconds']:.0f}"]
             for capability in capabilities:
                 found = entry[capability]
                 row += [
