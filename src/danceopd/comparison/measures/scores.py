@@ -96,7 +96,8 @@ def _entry(
     updates: int,
     best: dict[str, str],
 ) -> dict[str, Any]:
-    entry = _spent(results, method, updates) | {"expected_compute": results.expected[method][view]}
+    entry = _spent(results, method, updates)
+    entry["expected_compute"] = results.expected[method][view]
     for capability in suite.capabilities:
         scores = results.scores(method, updates, capability)
         source = results.source(best[capability], capability)
