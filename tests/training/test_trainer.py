@@ -12,7 +12,7 @@ from danceopd import exports
 from danceopd.data.examples import Example
 from danceopd.data.images import read_image_file, write_image_file
 from danceopd.data.rows import ManifestError
-from danceopd.errors import UserError
+from danceopd.errors import NonFiniteValue, UserError
 from danceopd.evaluation.pictures import draw, side_by_side
 from danceopd.evaluation.shapes import score_model
 from danceopd.exports import export
@@ -105,7 +105,7 @@ def test_a_non_finite_loss_stops_names_the_route_and_saves_nothing_broken(tiny):
     original = edit.velocity
     edit.velocity = lambda z, sigma, condition: original(z, sigma, condition) * (math.nan if trainer.step >= 3 else 1.0)
     with pytest.raises(
-        match=r"update 4: non-finite loss on route edit \(nan\).*the newest checkpoint is step-000002\."
+        NonFiniteValue, match=r"update 4: non-finite loss on route edit \(nan\).*the newest checkpoint is step-000002\."
     ):
         trainer.run()
     (last,) = checkpoints(folder.checkpoints)

@@ -34,7 +34,7 @@ class Results:
     """All that a suite measured.
 
     points: {method: {updates: a point per seed}}; views: {method: {view: updates}};
-    sources: {name: what was taken of its scores}; expected: {method: {view: the forward-equivalents predicted of it}}.
+    sources: {name: what was taken of its scores}; expected: {method: {view: the forward-equivalents predicted for it}}.
     """
 
     points: dict[str, dict[int, list[Point]]]

@@ -130,7 +130,10 @@ def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[st
 
 
 def expected_compute(views: dict[str, int], assembly: Assembly) -> dict[str, float]:
-    """Forward-equivalents that the updates of each view are reckoned to cost, by the routes' first shares."""
+    """Forward-equivalents that the updates of each view are reckoned to cost, by the routes' first shares.
+
+    0 without training.
+    """
     if not any(views.values()):
         return dict.fromkeys(views, 0.0)
     calls, batch_size = assembly.method.expected_calls(), assembly.recipe.train.batch_size

@@ -121,7 +121,8 @@ class StreamingDanceOPD(VelocityMatching):
         Raises:
             ValueError: if ``batch_size`` is more than the pool was planned for, or a route has fewer trajectories in
                 the band than samples.
-            NonFiniteValue: if a trajectory that is not trained turns infinite or NaN.
+            NonFiniteValue: if the student's velocity on a trajectory that only walks is infinite or NaN. The gradients
+                and the counts of trained steps have then been added to, and no trajectory has moved.
         """
         if batch_size > self.batch_size:
             raise ValueError(
@@ -260,15 +261,18 @@ class StreamingDanceOPD(VelocityMatching):
         return NetworkCalls(rollout=calls)
 
     def _refuse_non_finite(self, members: Trajectories, velocity: Tensor, walking: Tensor) -> None:
-        """No loss tells of these, and a pool that holds them would be saved. velocity: [n, ...]; walking: bool [n]."""
+        """No loss is taken of walking trajectories, and a pool that holds a broken one would be saved.
+
+        velocity: [n, ...]; walking: bool [n].
+        """
         broken = walking & ~velocity.flatten(1).isfinite().all(1).cpu()
         if broken.any():
             first = int(broken.nonzero()[0])
             name, step = self.routes[int(members.batch.route[first])].name, int(members.step[first])
             raise NonFiniteValue(
                 f"update {self.trajectories.updates + 1}: non-finite velocity on a trajectory of route {name} that was "
-                f"walking, at step {step} of {len(self.plan.band)}; stopped before it was saved. A lower learning_rate "
-                "or precision fp32 usually helps"
+                f"walking, at step {step} of {len(self.plan.band)}; nothing after the newest checkpoint was saved. A "
+                "lower learning_rate or precision fp32 usually helps"
             )
 
     def _replace_ended(self, moved: list[Trajectories], generator: torch.Generator) -> None:

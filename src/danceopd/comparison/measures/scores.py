@@ -185,7 +185,7 @@ def plots(content: dict[str, Any]) -> list[Plot]:
 
 
 class Look(NamedTuple):
-    """How a method is drawn: as no other of its plot."""
+    """A method's colour, marker (of lines and points) and hatching (of bars)."""
 
     color: str
     marker: str
@@ -193,7 +193,7 @@ class Look(NamedTuple):
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A colour for each method, and another marker and hatching once the colours are used up."""
+    """A colour for each method, and another marker and hatching once the colours are used up; four rounds of them."""
     rounds = itertools.cycle((("o", ""), ("s", "////"), ("^", "...."), ("D", "xxxx")))
     every = (Look(color, *marks) for marks in rounds for color in COLORS)
     return dict(zip(methods, every, strict=False))
@@ -212,7 +212,7 @@ def _axes(count: int, columns: int, width: float, height: float) -> tuple[Any, l
 def against_compute(content: dict[str, Any]) -> bytes:
     """Each method's scores against the network forward-equivalents that they took, by capability: a PNG."""
     methods = looks(content["views"]["updates"])
-    size = {"columns": 2, "width": 6.7, "height": 5.0} if len(methods) > MANY else _ROW
+    size = {"columns": 2, "width": 6.7, "height": 5.0} if len(methods) > _MANY_METHODS else _ROW
     figure, all_axes = _axes(len(content["best_source"]), **size)
     curves = {name: sorted(points, key=lambda point: point["compute"]) for name, points in content["curve"].items()}
     places = apart({name: [point["compute"] for point in points] for name, points in curves.items()})
@@ -245,9 +245,7 @@ def _compute_axis(axes: Any) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-MANY = 8
-"""More methods than these are drawn on larger axes."""
-
+_MANY_METHODS = 8  # with more the axes are larger
 _ROW = {"columns": 4, "width": 4.8, "height": 3.6}
 
 APART = 1.008
