@@ -396,6 +396,13 @@ def test_the_page_states_the_json_and_nothing_else(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ComparisonError, match=r"other\.json is not the JSON of a comparison"):
         write_pages(tmp_path / "other.json", tmp_path)
+    del other["measures"]["scores"]["views"]["updates"]["joint"]["expected_compute"]
+    source.write_text(json.dumps(other))
+    with pytest.raises(
+        ComparisonError, match=r"comparison\.json is damaged, or .* has no expected_compute; .*--resume"
+    ):
+        write_pages(source, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_every_committed_result_has_the_page_that_its_json_makes():

@@ -293,7 +293,7 @@ def test_a_walking_trajectory_that_breaks_ends_the_run_before_it_is_saved(rng):
     method, student = plain(), Elementwise()
     method.step(student, batch_size=8, generator=rng)
     before = method.state()
-    with pytest.raises(NonFiniteValue, match=r"^update 2: non-finite velocity on .* route one .* at step [4-6] of 8;"):
+    with pytest.raises(NonFiniteValue, match=r"^non-finite velocity on .* route one .* at step [4-6] of 8$"):
         method.step(Breaking(), batch_size=8, generator=rng)
     after = method.state()
     assert all(torch.equal(after[name], before[name]) for name in before if "trained" not in name)

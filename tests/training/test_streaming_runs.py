@@ -1,5 +1,7 @@
 """Streaming rollouts through recipe, trainer, checkpoint and comparison."""
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from danceopd.comparison.runner import comparison_updates
+from danceopd.errors import NonFiniteValue
 from danceopd.plan import check
 from danceopd.recipe import RecipeError
 from danceopd.report.page import write_report
 from danceopd.runs import evaluate, train
 from danceopd.training.assemble import assemble
 from danceopd.training.checkpoint import RunStateError, checkpoints, load_checkpoint_state
+from danceopd.training.run_folder import RunFolder
+from danceopd.training.trainer import Trainer, prepare_recipe
 
 STREAMING = ["rollout={num_inference_steps: 4, mode: streaming, pool: 16}"]
 
@@ -59,6 +64,29 @@ def test_a_damaged_pool_is_refused_by_name(tiny):
     path.unlink()
     with pytest.raises(RunStateError, match=r"method\.safetensors does not fit this run"):
         train(tiny(*STREAMING), resume=True)
+
+
+def test_a_walking_trajectory_that_breaks_stops_the_run_and_no_pool_is_saved_with_it(tiny):
+    device = torch.device("cpu")
+    recipe = prepare_recipe(tiny(*STREAMING, "train.steps=6", "train.checkpointing_steps=2"), device)
+    assembly, folder = assemble(recipe, device=device), RunFolder(Path(recipe.output))
+    folder.path.mkdir(parents=True)
+    folder.write_recipe(recipe)
+    trainer = Trainer(assembly, folder)
+
+    def break_walks(model, args, velocity):
+        return velocity * math.nan if trainer.step >= 3 and not torch.is_grad_enabled() else velocity
+
+    hook = assembly.student.model.register_forward_hook(break_walks)
+    with pytest.raises(
+        NonFiniteValue, match=r"^update 4: .* that was walking, .*; stopped, the newest .* step-000002\."
+    ):
+        trainer.run()
+    hook.remove()
+    (saved,) = checkpoints(folder.checkpoints)
+    pool = load_file(saved / "method.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in pool.values())
+    assert train(recipe, resume=True).metrics()[-1]["step"] == 6
 
 
 def test_a_report_shows_which_steps_were_trained(tiny):

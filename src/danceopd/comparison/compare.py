@@ -81,15 +81,22 @@ def write_pages(json_file: Path, folder: Path) -> Path:
     ``NAME.png``; returns the page.
 
     Raises:
-        ComparisonError: if the file is not a comparison's JSON.
+        ComparisonError: if the file is not a comparison's JSON, or lacks what a page says; nothing is written then.
     """
     summary = read_comparison(json_file)
     if summary is None:
         raise ComparisonError(f"{json_file} is not the JSON of a comparison")
     page = folder / f"{summary['suite']}.md"
+    try:
+        picture, text = headline(summary), markdown(summary, picture=f"{summary['suite']}.png")
+    except KeyError as error:
+        raise ComparisonError(
+            f"{json_file} is damaged, or of an earlier version: it has no {error.args[0]}; danceopd compare --resume "
+            "writes it anew, from the runs that are there"
+        ) from error
     write_text(page.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
-    write_bytes(page.with_suffix(".png"), headline(summary))
-    write_text(page, markdown(summary, picture=f"{summary['suite']}.png"))
+    write_bytes(page.with_suffix(".png"), picture)
+    write_text(page, text)
     return page
 
 

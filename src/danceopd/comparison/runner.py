@@ -130,12 +130,7 @@ def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[st
 
 
 def expected_compute(views: dict[str, int], assembly: Assembly) -> dict[str, float]:
-    """Forward-equivalents that the updates of each view are reckoned to cost, by the routes' first shares.
-
-    0 without training.
-    """
-    if not any(views.values()):
-        return dict.fromkeys(views, 0.0)
+    """Forward-equivalents that the updates of each view are reckoned to cost, by the routes' first shares."""
     calls, batch_size = assembly.method.expected_calls(), assembly.recipe.train.batch_size
     return {view: round(calls.after(updates * batch_size), 1) for view, updates in views.items()}
 

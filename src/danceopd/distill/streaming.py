@@ -270,9 +270,8 @@ class StreamingDanceOPD(VelocityMatching):
             first = int(broken.nonzero()[0])
             name, step = self.routes[int(members.batch.route[first])].name, int(members.step[first])
             raise NonFiniteValue(
-                f"update {self.trajectories.updates + 1}: non-finite velocity on a trajectory of route {name} that was "
-                f"walking, at step {step} of {len(self.plan.band)}; nothing after the newest checkpoint was saved. A "
-                "lower learning_rate or precision fp32 usually helps"
+                f"non-finite velocity on a trajectory of route {name} that was walking, at step {step} of "
+                f"{len(self.plan.band)}"
             )
 
     def _replace_ended(self, moved: list[Trajectories], generator: torch.Generator) -> None:

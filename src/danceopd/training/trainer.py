@@ -161,7 +161,10 @@ class Trainer:
             group["lr"] = rate
         shares = zip(method.routes, method.shares.tolist(), strict=True) if method.router.adaptive else ()
         routes = self._common_routes()
-        parts = self.processes.together(lambda: self._backward(routes))
+        try:
+            parts = self.processes.together(lambda: self._backward(routes))
+        except NonFiniteValue as error:
+            raise self._stopped_by(str(error)) from error
         results = [result for own, _ in parts for result in own]
         metrics = _metrics(results)
         self._refuse_non_finite(results)
@@ -169,8 +172,7 @@ class Trainer:
         self.processes.average_gradients(parameters)
         norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, part.max_grad_norm)))
         if not math.isfinite(norm):
-            message = f"update {self.step + 1}: the gradient is {norm} although the loss is finite"
-            raise self.processes.alike(NonFiniteValue(message))
+            raise self.processes.alike(self._stopped_by(f"the gradient is {norm} although the loss is finite"))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(parameters)
@@ -295,12 +297,14 @@ class Trainer:
         }
         if broken:
             listed = ", ".join(f"{name} ({value})" for name, value in broken.items())
-            saved = latest_checkpoint(self.folder.checkpoints)
-            message = (
-                f"update {self.step + 1}: non-finite loss on route {listed}; stopped, the newest checkpoint is "
-                f"{'none' if saved is None else saved.name}. A lower learning_rate or precision fp32 usually helps"
-            )
-            raise self.processes.alike(NonFiniteValue(message))
+            raise self.processes.alike(self._stopped_by(f"non-finite loss on route {listed}"))
+
+    def _stopped_by(self, found: str) -> NonFiniteValue:
+        saved = latest_checkpoint(self.folder.checkpoints)
+        return NonFiniteValue(
+            f"update {self.step + 1}: {found}; stopped, the newest checkpoint is "
+            f"{'none' if saved is None else saved.name}. A lower learning_rate or precision fp32 usually helps"
+        )
 
 
 def prepare_recipe(recipe: Recipe, device: torch.device) -> Recipe:
