@@ -31,7 +31,7 @@ def told_apart(content):
 def tried(file):
     """The scores of a search's trials, where there was one."""
     methods = json.loads(file.read_text())["methods"].values() if file.is_file() else ()
-    return [x for method in methods for trial in method["trials"] for x in trial["scores"].values()]
+    return [x for of in methods for trial in of["trials"] + of.get("finals", []) for x in trial["scores"].values()]
 
 
 def is_rounded(text, value):

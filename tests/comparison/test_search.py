@@ -133,6 +133,17 @@ def _chosen(content, method):
     return content["methods"][method]["chosen"]
 
 
+def test_what_is_not_trained_may_stay_as_the_suite_has_it(tmp_path):
+    even = TINY["methods"]["merge"]
+    path = write(tmp_path, search=SEARCH, compute=None, methods={**TINY["methods"], "even": even})
+    search(path, out=tmp_path / "searched")
+    found = read_comparison(compare(path, out=tmp_path / "compared"))
+    assert set(found["searched"]["chosen"]) == {"danceopd", "joint", "merge"}
+    assert set(found["measures"]["scores"]["views"]["updates"]) == {"danceopd", "joint", "merge", "even"}
+    write(tmp_path, search=SEARCH, compute=None)
+    assert load_suite(path).searched is not None  # what was not searched is no part of what the search depends on
+
+
 def test_a_search_serves_methods_whose_routes_have_other_names(tmp_path):
     recipe = TINY["recipe"] | {"fields": TINY["recipe"]["fields"] | {"guided": {"base": True, "guidance_scale": 2.0}}}
     methods = {"danceopd": {}, "guided": {"routes.0.field": "guided"}}
@@ -170,6 +181,25 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_said():
     assert edges(rate=1e-3) == ["rate 0.001 is the lowest"]
     assert edges(rate=4e-3) == ["rate 0.004 is the highest"]
     assert edges(rate=2e-3) == []
+
+
+def test_a_choice_at_the_edge_of_what_went_on_is_said():
+    """A rate too high for the whole length may win the first half of it, and so be the lowest that is left."""
+    trials = tuple(
+        Trial(settings={"rate": rate}, scores={}, ratios={"edit": score})
+        for rate, score in ((1e-3, 0.1), (2e-3, 0.2), (4e-3, 0.8), (7e-3, 0.9), (1e-2, 0.7), (2e-2, 0.3))
+    )
+
+    def edges(best):
+        finals = (replaced(trial, 1.0 if trial.settings["rate"] == best else 0.5) for trial in trials[2:5])
+        return MethodSearch(trials=trials, finals=tuple(finals), chosen={"rate": best}).edges
+
+    def replaced(trial, score):
+        return trial.model_copy(update={"ratios": {"edit": score}})
+
+    assert edges(4e-3) == ["rate 0.004 is the lowest that went on"]
+    assert edges(7e-3) == []
+    assert edges(1e-2) == ["rate 0.01 is the highest that went on"]
 
 
 def test_a_merges_weights_have_ends_too():

@@ -111,7 +111,10 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"measures": {"realism": {"teacher": "t2i"}}}, "teacher 't2i' is none of edit"),
         ({"paper": {"what": "scores", "figures": {"t2i": "0.8"}}}, "paper.figures: 't2i' is none of .*, base, edit;"),
         (grid(joint={"joint.sigma_mean": [0.0]}), "same number of trials, found danceopd 2, joint 1, merge 2"),
-        ({"search": {**SEARCH, "grid": {"danceopd": {}}}}, "every method is searched alike, and 'joint' is not"),
+        (
+            {"search": {**SEARCH, "grid": {"danceopd": {}}}},
+            "every method that is trained is searched alike, 'joint' is not",
+        ),
         ({"search": {**SEARCH, "final_updates": 1}}, "search.final_updates: more than the 1 updates, found 1"),
         ({"search": {**SEARCH, "seeds": [0]}}, "seed 0 is one that the suite reports"),
         ({"search": {**SEARCH, "scenes_seed": 0}}, "is the evaluation's own"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,12 @@ from danceopd.files import write_text
 from danceopd.recipe import Recipe
 from danceopd.runs import train
 from danceopd.states import NetworkCalls
-from danceopd.training.assemble import Assembly, assemble, load_models
+from danceopd.training.assemble import Assembly, LoadedModels, assemble, load_models
 from danceopd.training.checkpoint import RunStateError, checkpoints, keep_averaged, load_checkpoint_state
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
 from danceopd.training.run_folder import RunFolder
-from danceopd.training.trainer import load_run, prepare_recipe
+from danceopd.training.trainer import load_run
 
 Report = Callable[[str], None]
 SCORING: int | None = None
@@ -60,9 +61,12 @@ def run_suite(
         views[name], hashes[name] = comparison_updates(suite, name, assembly), assembly.hashes
         expected[name] = expected_compute(views[name], assembly)
     _require_searched_with(suite, hashes)
-    sources = _sources(suite, root, report)  # before hours are spent
-    work = partial(_run_points, suite, views, hashes, root)
     runs = [(method, seed) for seed in suite.seeds for method in methods]
+    folders = {suite.run_folder(method, seed=seed, root=root): hashes[method] for method, seed in runs}
+    models = load_models(suite.recipes[suite.reference], device=pick_device())
+    _require_made_with(folders | {_sources_file(suite, root): models.hashes})
+    sources = _source_scores(suite, models, root, report)  # before hours are spent
+    work = partial(_run_points, suite, views, root)
     if jobs > 1:
         try:
             in_parallel(partial(_finish, work), runs, jobs, report)  # its points are files, which are read below
@@ -87,6 +91,29 @@ def _require_searched_with(suite: Suite, hashes: dict[str, dict[str, str]]) -> N
         raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
 
 
+def _require_made_with(present: dict[Path, dict[str, str]]) -> None:
+    """Refuse what an earlier comparison left of other sources or data, all of it at once.
+
+    present: by run folder or file, the hashes of what is there now.
+    """
+    changed = {path: names for path, hashes in present.items() if (names := _changed(path, hashes))}
+    if changed:
+        raise ComparisonError(
+            f"made with other sources or data: {', '.join(map(str, changed))}; remove these to compare the present "
+            f"ones, or put back {', '.join(sorted(set().union(*changed.values())))}"
+        )
+
+
+def _changed(path: Path, hashes: dict[str, str]) -> set[str]:
+    """The names under which a run folder, or a file, has other hashes; what is damaged is refused where it is read."""
+    names = set()
+    for file in [*path.glob("points/*.json"), *path.rglob("state.json")] if path.is_dir() else [path]:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            recorded = json.loads(file.read_text(encoding="utf-8"))["hashes"]
+            names |= {name for name in recorded.keys() | hashes.keys() if recorded.get(name) != hashes.get(name)}
+    return names
+
+
 def _finish(work: Callable[[tuple[str, int], Report], dict[int, Point]], run: tuple[str, int]) -> str:
     work(run, print)
     return f"{run[0]}, seed {run[1]}: done"
@@ -95,7 +122,6 @@ def _finish(work: Callable[[tuple[str, int], Report], dict[int, Point]], run: tu
 def _run_points(
     suite: Suite,
     views: dict[str, dict[str, int]],
-    hashes: dict[str, dict[str, str]],
     root: Path,
     run: tuple[str, int],
     report: Report,
@@ -110,7 +136,7 @@ def _run_points(
             for name in measured(suite)
             if MEASURES[name].take is not None and (MEASURES[name].everywhere or updates == views[method]["updates"])
         ]
-        points[updates] = _point(suite, method, seed, updates, root, names, hashes[method], report)
+        points[updates] = _point(suite, method, seed, updates, root, names, report)
     return points
 
 
@@ -142,7 +168,6 @@ def _point(
     updates: int,
     root: Path,
     names: list[str],
-    hashes: dict[str, str],
     report: Report,
 ) -> Point:
     recipe = suite.run_recipe(method, seed=seed, updates=updates, root=root)
@@ -171,11 +196,6 @@ def _point(
             content = {**spent, "taken": take(assembly, "student", suite)}
             write_text(files[name], json.dumps(content) + "\n")
     contents = {name: _kept(file, {"updates", "compute", "seconds", "hashes", "taken"}) for name, file in files.items()}
-    for name, content in contents.items():
-        if content["hashes"] != hashes:
-            raise ComparisonError(
-                f"{files[name]} was made with other sources or data; remove {folder.path} to compare the present ones"
-            )
     first = contents[names[0]]
     taken = {name: content["taken"] for name, content in contents.items()}
     return Point(first["updates"], first["compute"], first["seconds"], taken)
@@ -195,22 +215,21 @@ def _trained_to(recipe: Recipe, folder: RunFolder) -> Path:
     return reached[recipe.train.steps]
 
 
-def _sources(suite: Suite, root: Path, report: Report) -> dict[str, dict[str, Any]]:
-    """Every source's own scores on the suite's scenes."""
-    recipe = prepare_recipe(suite.recipes[suite.reference], pick_device())
-    loaded = load_models(recipe, device=pick_device())
+def _sources_file(suite: Suite, root: Path) -> Path:
+    """Where the sources' own scores on the suite's scenes are kept."""
+    recipe = suite.recipes[suite.reference]
     named = recipe.model_dump(mode="json", include={"base", "fields"})
-    key = digest([named, recipe.train.precision, _key(suite, suite.reference, "scores")])
-    file = root / f"sources-{key}.json"
+    return root / f"sources-{digest([named, recipe.train.precision, _key(suite, suite.reference, 'scores')])}.json"
+
+
+def _source_scores(suite: Suite, models: LoadedModels, root: Path, report: Report) -> dict[str, dict[str, Any]]:
+    file = _sources_file(suite, root)
     if not file.exists():
-        names = [name for name in model_velocities(loaded) if name != "student"]
+        names = [name for name in model_velocities(models) if name != "student"]
         report(f"sources: {', '.join(names)}")
-        scored = {name: scores.take(loaded, name, suite) for name in names}
-        write_text(file, json.dumps({"hashes": loaded.hashes, "scores": scored}) + "\n")
-    content = _kept(file, {"hashes", "scores"})
-    if content["hashes"] != loaded.hashes:
-        raise ComparisonError(f"{file} was made with other sources; remove it to compare the present ones")
-    return content["scores"]
+        scored = {name: scores.take(models, name, suite) for name in names}
+        write_text(file, json.dumps({"hashes": models.hashes, "scores": scored}) + "\n")
+    return _kept(file, {"hashes", "scores"})["scores"]
 
 
 def _kept(file: Path, keys: set[str]) -> dict[str, Any]:

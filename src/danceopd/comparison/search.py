@@ -57,7 +57,7 @@ def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> 
             trials=trials[method], finals=last, chosen=choose(last or trials[method]).settings
         )
         for edge in methods[method].edges:
-            report(f"{method}: {edge} tried; a better one may lie beyond")
+            report(f"{method}: {edge}; a better one may lie beyond")
     found = SearchFile(
         suite=suite.name,
         fits=search_fingerprint(content),
@@ -103,7 +103,7 @@ def _trial_suite(
     return replace(
         suite,
         seeds=part.seeds,
-        reference=_trial_name(suite.reference, next(iter(tried[suite.reference]))),
+        reference=next(iter(recipes)),
         recipes=recipes,
         updates=updates,
         compute=None,

@@ -45,13 +45,18 @@ class MethodSearch(_Part):
 
     @property
     def edges(self) -> list[str]:
-        """Chosen numbers that are the lowest or highest of three or more tried, in words."""
+        """Chosen numbers that are the lowest or highest of three or more tried, or of those that went on, in words."""
         found, tried = [], [_numbers(trial.settings) for trial in self.trials]
+        went_on = [_numbers(trial.settings) for trial in self.finals]
         for key, value in _numbers(self.chosen).items():
             values = [numbers[key] for numbers in tried if key in numbers]
             if len(set(values)) > 2:
-                found += [f"{key} {value:g} is the lowest"] if value == min(values) else []
-                found += [f"{key} {value:g} is the highest"] if value == max(values) else []
+                last = [numbers[key] for numbers in went_on if key in numbers] or values
+                for end, word in ((min, "lowest"), (max, "highest")):
+                    if value == end(values):
+                        found.append(f"{key} {value:g} is the {word}")
+                    elif value == end(last):
+                        found.append(f"{key} {value:g} is the {word} that went on")
         return found
 
     @property
@@ -100,7 +105,7 @@ def finalists(trials: tuple[Trial, ...]) -> list[int]:
 
 
 def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
-    """Read a search file.
+    """Read a search file, of these methods.
 
     Raises:
         SearchMismatch: if it is damaged, was made for another recipe, methods or grid, or chose against its scores.

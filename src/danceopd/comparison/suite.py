@@ -58,12 +58,14 @@ class Suite:
         revised = REVISIONS.get(self.recipes[method].method)
         return digest([_DEFAULTS, content | {"train": train}] + ([] if revised is None else [revised]))
 
+    def run_folder(self, method: str, *, seed: int, root: Path) -> Path:
+        return root / f"{method}-{self.fingerprint(method)}" / f"seed-{seed}"
+
     def run_recipe(self, method: str, *, seed: int, updates: int, root: Path) -> Recipe:
         """The recipe of one run, trained as far as ``updates``."""
         recipe = self.recipes[method]
         train = recipe.train.model_copy(update={"seed": seed, "steps": updates})
-        output = root / f"{method}-{self.fingerprint(method)}" / f"seed-{seed}"
-        return recipe.model_copy(update={"train": train, "output": str(output)})
+        return recipe.model_copy(update={"train": train, "output": str(self.run_folder(method, seed=seed, root=root))})
 
 
 def digest(content: Any) -> str:
@@ -109,7 +111,9 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     searched = None
     if with_search and content.search is not None and search_path(path).exists():
         try:
-            searched = read_search(search_path(path), fits=search_fingerprint(content), methods=content.methods.keys())
+            searched = read_search(
+                search_path(path), fits=search_fingerprint(content), methods=content.search.grid.keys()
+            )
         except SearchMismatch as error:
             raise SuiteError(str(error)) from error
     chosen = {} if searched is None else {name: method.chosen for name, method in searched.methods.items()}
@@ -176,6 +180,7 @@ def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
 def search_fingerprint(content: SuiteFile) -> str:
     """Ten hexadecimal digits of everything in a suite file that its search depends on, which has scenes of its own."""
     found = content.model_dump(mode="json", include={"recipe", "methods", "search"})
+    found["methods"] = {name: changes for name, changes in found["methods"].items() if name in found["search"]["grid"]}
     if isinstance(found["recipe"].get("evaluate"), dict):
         for key in ("seed", "scenes_per_task"):
             found["recipe"]["evaluate"].pop(key, None)

@@ -59,7 +59,10 @@ class MeasuresPart(Part):
 
 
 class SearchPart(Part):
-    """The settings search: every method's grid has the same number of trials, on seeds and scenes of its own."""
+    """The settings search: every method's grid has the same number of trials, on seeds and scenes of its own.
+
+    A method without training (``train.steps: 0``) may stay as the suite has it.
+    """
 
     updates: int = Field(ge=1, description="Optimiser updates of a trial.")
     final_updates: int | None = Field(
@@ -190,9 +193,11 @@ def _check_search(search: SearchPart, suite: SuiteFile) -> None:
         for key, values in grid.items():
             if not values or any(value in values[:index] for index, value in enumerate(values)):
                 raise ValueError(f"search.grid.{name}.{key}: different values, at least one, found {values}")
-    left_out = [name for name in suite.methods if name not in search.grid]
+    left_out = [
+        name for name, changes in suite.methods.items() if name not in search.grid and changes.get("train.steps") != 0
+    ]
     if left_out:
-        raise ValueError(f"search.grid: every method is searched alike, and {left_out[0]!r} is not there")
+        raise ValueError(f"search.grid: every method that is trained is searched alike, {left_out[0]!r} is not there")
     counts = {name: math.prod(len(values) for values in grid.values()) for name, grid in search.grid.items()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())

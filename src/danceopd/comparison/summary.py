@@ -23,13 +23,14 @@ def summarise(suite: Suite, results: Results, part: str | None) -> dict[str, Any
     measures = {name: MEASURES[name].measure(suite, results) for name in measured(suite)}
     searched = None
     if suite.searched is not None:
+        of_methods = {name: suite.searched.methods[name] for name in results.views if name in suite.searched.methods}
         searched = {
             "rule": suite.searched.rule,
             "updates": suite.searched.updates,
             "final_updates": suite.searched.final_updates,
             "trials": len(next(iter(suite.searched.methods.values())).trials),
-            "chosen": {name: suite.searched.methods[name].chosen for name in results.views},
-            "edges": {name: edges for name in results.views if (edges := suite.searched.methods[name].edges)},
+            "chosen": {name: found.chosen for name, found in of_methods.items()},
+            "edges": {name: found.edges for name, found in of_methods.items() if found.edges},
         }
     return {
         "kind": KIND,

@@ -177,10 +177,18 @@ PLACED = "points of nearly one cost are drawn a little apart"
 
 
 def plots(content: dict[str, Any]) -> list[Plot]:
-    """Score against compute, two capabilities as a plane, tasks as bars."""
+    """Score against compute, two capabilities as a plane, tasks as bars.
+
+    The plane is of the first two capabilities, and one more of text to image and editing where these are two others.
+    """
     made = [Plot(f"{AGAINST_COMPUTE} ({PLACED})", against_compute(content))]
-    if len(content["best_source"]) > 1:
-        made.append(Plot("Two capabilities, at equal updates (stars: sources)", _plane_plot(content)))
+    capabilities = list(content["best_source"])
+    planes = [tuple(capabilities[:2])] if len(capabilities) > 1 else []
+    if {"t2i", "edit"} <= set(capabilities) and set(capabilities[:2]) != {"t2i", "edit"}:
+        planes.append(("t2i", "edit"))
+    for first, second in planes:
+        title = f"{WORDS[first].capitalize()} and {WORDS[second]}, at equal updates (stars: sources)"
+        made.append(Plot(title, _plane_plot(content, first, second)))
     return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
 
 
@@ -278,8 +286,7 @@ def _legend(figure: Any, axes: Any) -> None:
     )
 
 
-def _plane_plot(content: dict[str, Any]) -> bytes:
-    first, second = list(content["best_source"])[:2]
+def _plane_plot(content: dict[str, Any], first: str, second: str) -> bytes:
     figure, axes = plt.subplots(figsize=(5.6, 4.6))
     for name, scores in content["sources"].items():
         place = scores[first]["value"], scores[second]["value"]
