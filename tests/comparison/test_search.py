@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from tiny_suites import SEARCH, TINY, write
 
@@ -8,6 +9,7 @@ from danceopd.comparison.compare import compare, read_comparison, search
 from danceopd.comparison.runner import ComparisonError
 from danceopd.comparison.search_file import FINALS, RULE, MethodSearch, Trial, choose, finalists
 from danceopd.comparison.suite import SuiteError, load_suite
+from danceopd.training.assemble import assemble
 from danceopd.training.trainer import Trainer
 
 
@@ -68,6 +70,35 @@ def test_finalists_go_on_and_the_choice_is_among_them(tmp_path, monkeypatch):
         found.write_text(json.dumps(content))
         with pytest.raises(SuiteError, match="what is chosen for 'joint' is not what its trials give"):
             load_suite(path)
+
+
+def test_trials_may_have_equal_compute_and_so_lengths_of_their_own(tmp_path, monkeypatch):
+    part = SEARCH | {"updates": None, "compute": 55.0, "final_compute": 110.0}
+    path, updates, update = write(tmp_path, search=part, updates=None, compute=110.0), [], Trainer.update
+
+    def counted(trainer):
+        updates.append((trainer.assembly.recipe.method, trainer.step))
+        return update(trainer)
+
+    monkeypatch.setattr(Trainer, "update", counted)
+    found = search(path, out=tmp_path / "searched")
+    per_update = {
+        name: 4 * assemble(recipe, device=torch.device("cpu")).method.expected_calls().forward_equivalents
+        for name, recipe in load_suite(path, with_search=False).recipes.items()
+        if name != "merge"
+    }
+    assert per_update["danceopd"] > 1.5 * per_update["joint"]
+    expected = [(name, step) for name in per_update for step in range(int(55 / per_update[name]))] * 2
+    expected += [
+        (name, step) for name, calls in per_update.items() for step in range(int(55 / calls), int(110 / calls))
+    ]
+    assert sorted(updates) == sorted(expected)
+    content = json.loads(found.read_text())
+    assert (content["updates"], content["compute"], content["final_compute"]) == (None, 55.0, 110.0)
+    page = compare(path, out=tmp_path / "compared").with_suffix(".md").read_text()
+    assert "2 trials of 55 forward-equivalents for each method, the better half of them of 110, on seeds" in page
+    assert "At equal compute" in page
+    assert "equal updates" not in page
 
 
 def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):

@@ -46,7 +46,6 @@ def require_values(suite: Suite) -> None:
 
 def _values(suite: Suite) -> dict[str, Any]:
     """Where the measures' JSON has estimates that a claim may be about; None stands for one."""
-    views = ["updates"] if suite.compute is None else ["updates", "compute"]
     scales = [] if suite.measures.guidance is None else [f"{scale:g}" for scale in suite.measures.guidance.scales]
 
     def scores(method: str) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def _values(suite: Suite) -> dict[str, Any]:
 
     realism = dict.fromkeys(("reward", "gap_closed"))
     return {
-        "scores": {"views": {view: {method: scores(method) for method in suite.recipes} for view in views}},
+        "scores": {"views": {view: {method: scores(method) for method in suite.recipes} for view in suite.views}},
         "guidance": {"methods": {method: guidance(method) for method in suite.recipes}},
         "exposure": {"methods": {method: exposure(method) for method in suite.recipes}},
         "realism": {"methods": dict.fromkeys(suite.recipes, realism)},

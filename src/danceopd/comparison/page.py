@@ -72,10 +72,12 @@ def _search_table(searched: dict[str, Any]) -> Table:
         [name, ", ".join(f"{key} {value}" for key, value in chosen.items())]
         for name, chosen in searched["chosen"].items()
     ]
-    finals = searched.get("final_updates")  # pages of older searches have none
-    further = "" if finals is None else f", the better half of them of {finals}"
+    view = "compute" if searched["updates"] is None else "updates"
+    final = searched.get(f"final_{view}")  # pages of older searches have none
+    further = "" if final is None else f", the better half of them of {final:,.0f}"
+    unit = "forward-equivalents" if view == "compute" else "updates"
     note = (
-        f"{searched['trials']} trials of {searched['updates']} updates for each method{further}, on seeds and scenes "
+        f"{searched['trials']} trials of {searched[view]:,.0f} {unit} for each method{further}, on seeds and scenes "
         f"that are not these. {searched['rule']}"
     )
     if searched["edges"]:

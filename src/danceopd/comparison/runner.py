@@ -131,23 +131,20 @@ def _run_points(
     further = suite.points if suite.recipes[method].train.steps else ()
     points = {}
     for updates in sorted({*views[method].values(), *further}):
-        names = [
-            name
-            for name in measured(suite)
-            if MEASURES[name].take is not None and (MEASURES[name].everywhere or updates == views[method]["updates"])
-        ]
+        here = updates == views[method].get("updates")
+        taken = [name for name in measured(suite) if MEASURES[name].take is not None]
+        names = [name for name in taken if here or MEASURES[name].everywhere]
         points[updates] = _point(suite, method, seed, updates, root, names, report)
     return points
 
 
 def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[str, int]:
-    """Updates of a method at equal ``updates`` and, where the suite has a budget, at equal ``compute``.
-
-    A method without training has 0 at both.
-    """
+    """Updates of a method in each view of the suite; a method without training has 0 in all."""
     recipe = suite.recipes[method]
     trained = recipe.train.steps > 0
-    views = {"updates": suite.updates if trained else 0}
+    views = {}
+    if suite.updates is not None:
+        views["updates"] = suite.updates if trained else 0
     if suite.compute is not None:
         calls = assembly.method.expected_calls()
         per_update = recipe.train.batch_size * calls.forward_equivalents if trained else 0.0

@@ -41,15 +41,15 @@ def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> 
     part, suite = content.search, load_suite(path, with_search=False)
     tried = {method: dict(enumerate(_combinations(grid))) for method, grid in part.grid.items()}
 
-    def scored(updates: int, tried: dict[str, Tried]) -> dict[str, tuple[Trial, ...]]:
-        searching = _trial_suite(path, content, part, suite, tried, updates)
+    def scored(tried: dict[str, Tried], updates: int | None, compute: float | None) -> dict[str, tuple[Trial, ...]]:
+        searching = replace(_trial_suite(path, content, part, suite, tried), updates=updates, compute=compute)
         return _trials(run_suite(searching, root, jobs=jobs, report=report), tried, part.capabilities)
 
-    trials, finals = scored(part.updates, tried), {}
-    if part.final_updates is not None:
+    trials, finals = scored(tried, part.updates, part.compute), {}
+    if part.has_finals:
         going_on = {method: {index: tried[method][index] for index in finalists(trials[method])} for method in tried}
-        report(f"to {part.final_updates} updates: " + ", ".join(_trial_names(going_on)))
-        finals = scored(part.final_updates, going_on)
+        report("to the final length: " + ", ".join(_trial_names(going_on)))
+        finals = scored(going_on, part.final_updates, part.final_compute)
     methods = {}
     for method in tried:
         last = finals.get(method, ())
@@ -61,9 +61,11 @@ def search(path: Path, root: Path, *, jobs: int = 1, report: Report = print) -> 
     found = SearchFile(
         suite=suite.name,
         fits=search_fingerprint(content),
-        rule=RULE if part.final_updates is None else f"{RULE} {FINALS}",
+        rule=f"{RULE} {FINALS}" if part.has_finals else RULE,
         updates=part.updates,
         final_updates=part.final_updates,
+        compute=part.compute,
+        final_compute=part.final_compute,
         seeds=part.seeds,
         scenes_seed=part.scenes_seed,
         scenes_per_task=part.scenes_per_task,
@@ -87,10 +89,8 @@ def _trial_names(tried: dict[str, Tried]) -> list[str]:
     return [_trial_name(method, index) for method, settings in tried.items() for index in settings]
 
 
-def _trial_suite(
-    path: Path, content: SuiteFile, part: SearchPart, suite: Suite, tried: dict[str, Tried], updates: int
-) -> Suite:
-    """The suite with every trial as a method, on the search's own seeds, scenes and updates."""
+def _trial_suite(path: Path, content: SuiteFile, part: SearchPart, suite: Suite, tried: dict[str, Tried]) -> Suite:
+    """The suite with every trial as a method, on the search's own seeds and scenes."""
     scenes = {"seed": part.scenes_seed, "scenes_per_task": part.scenes_per_task}
     recipes = {}
     for method, trials in tried.items():
@@ -105,8 +105,6 @@ def _trial_suite(
         seeds=part.seeds,
         reference=next(iter(recipes)),
         recipes=recipes,
-        updates=updates,
-        compute=None,
         points=(),
         capabilities=part.capabilities,
         measures=MeasuresPart(),
@@ -123,7 +121,7 @@ def _trials(results: Results, tried: dict[str, Tried], capabilities: tuple[str, 
 
 
 def _trial(settings: dict[str, Any], results: Results, name: str, best: dict[str, float]) -> Trial:
-    updates = results.views[name]["updates"]
+    (updates,) = results.views[name].values()
     scores = {capability: float(results.scores(name, updates, capability).mean()) for capability in best}
     return Trial(
         settings=settings,

@@ -73,8 +73,10 @@ class SearchFile(_Part):
     suite: str
     fits: str
     rule: str
-    updates: int
+    updates: int | None
     final_updates: int | None = None
+    compute: float | None = None
+    final_compute: float | None = None
     seeds: tuple[int, ...]
     scenes_seed: int
     scenes_per_task: int
@@ -117,7 +119,8 @@ def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
     again = "search again (danceopd search SUITE)"
     if content.fits != fits or content.methods.keys() != methods:
         raise SearchMismatch(f"{path} was made for another recipe, methods or grid than the suite's; {again}")
+    has_finals = (content.final_updates or content.final_compute) is not None
     for name, method in content.methods.items():
-        if bool(method.finals) != (content.final_updates is not None) or not method.holds_together:
+        if bool(method.finals) != has_finals or not method.holds_together:
             raise SearchMismatch(f"{path}: what is chosen for {name!r} is not what its trials give; {again}")
     return content

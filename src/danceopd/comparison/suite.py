@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from danceopd.comparison.search_file import SearchFile, SearchMismatch, read_search
-from danceopd.comparison.suite_file import ClaimPart, MeasuresPart, PaperPart, SearchPart, SuiteFile
+from danceopd.comparison.suite_file import VIEWS, ClaimPart, MeasuresPart, PaperPart, SearchPart, SuiteFile, View
 from danceopd.errors import UserError
 from danceopd.recipe import IDLE, METHODS, Recipe, RecipeError, override, parse_recipe, read_yaml, with_absolute_files
 from danceopd.recipe.wording import explain
@@ -41,7 +41,7 @@ class Suite:
     seeds: tuple[int, ...]
     reference: str
     recipes: dict[str, Recipe]
-    updates: int
+    updates: int | None
     compute: float | None
     points: tuple[int, ...]
     capabilities: tuple[str, ...]
@@ -50,6 +50,11 @@ class Suite:
     paper: PaperPart | None
     search: SearchPart | None
     searched: SearchFile | None
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """At what methods are compared."""
+        return tuple(view for view in VIEWS if getattr(self, view) is not None)
 
     def fingerprint(self, method: str) -> str:
         """Ten hexadecimal digits of the method's recipe but its length, seed, output and evaluation."""
@@ -184,8 +189,9 @@ def search_fingerprint(content: SuiteFile) -> str:
     if isinstance(found["recipe"].get("evaluate"), dict):
         for key in ("seed", "scenes_per_task"):
             found["recipe"]["evaluate"].pop(key, None)
-    if found["search"]["final_updates"] is None:  # a younger key, which leaves older searches their fingerprints
-        del found["search"]["final_updates"]
+    for key in ("final_updates", "compute", "final_compute"):  # younger keys, which leave older searches their own
+        if found["search"][key] is None:
+            del found["search"][key]
     return digest(found)
 
 

@@ -16,6 +16,9 @@ from danceopd.recipe.part import Part
 from danceopd.recipe.wording import NAME
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+View = Literal["updates", "compute"]
+VIEWS: tuple[View, ...] = ("updates", "compute")
+"""At equal what methods are compared: optimiser updates, forward-equivalents."""
 
 
 class GuidancePart(Part):
@@ -64,10 +67,12 @@ class SearchPart(Part):
     A method without training (``train.steps: 0``) may stay as the suite has it.
     """
 
-    updates: int = Field(ge=1, description="Optimiser updates of a trial.")
+    updates: int | None = Field(default=None, ge=1, description="Optimiser updates of a trial; or compute.")
     final_updates: int | None = Field(
         default=None, description="Updates to which the better half of a method's trials goes on, to choose among them."
     )
+    compute: Finite | None = Field(default=None, gt=0, description="Forward-equivalents of a trial; or updates.")
+    final_compute: Finite | None = Field(default=None, description="As final_updates, in forward-equivalents.")
     seeds: tuple[int, ...] = Field(min_length=1, strict=False, description="Training seeds; never the suite's own.")
     scenes_seed: int = Field(ge=0, le=MAX_SEED, description="Seed of the scenes that decide; never the evaluation's.")
     scenes_per_task: int = Field(ge=2, description="Scenes per task that decide.")
@@ -77,6 +82,10 @@ class SearchPart(Part):
     grid: dict[str, dict[str, list[Any]]] = Field(
         min_length=1, description="Each method's {dotted key: values}; all combinations are tried."
     )
+
+    @property
+    def has_finals(self) -> bool:
+        return self.final_updates is not None or self.final_compute is not None
 
 
 class ClaimPart(Part):
@@ -89,7 +98,7 @@ class ClaimPart(Part):
     method: str | None = Field(default=None, description="The method that should lead.")
     over: str | None = Field(default=None, description="The method that it should lead.")
     capability: str | None = Field(default=None, description="In which capability.")
-    view: Literal["updates", "compute"] = Field(default="updates", description="At equal updates or equal compute.")
+    view: View = Field(default="updates", description="At equal updates or equal compute.")
     text: str | None = Field(default=None, description="The claim in words.")
     measure: Literal["scores", "guidance", "realism", "exposure"] | None = Field(
         default=None, description="Whose value."
@@ -132,9 +141,9 @@ class SuiteFile(Part):
     version: int = Field(ge=1, le=1, description="Version of this format.")
     title: str = Field(description="A line for the report.")
     recipe: dict[str, Any] = Field(description="The recipe that all methods share; output is the suite's own.")
-    updates: int = Field(ge=1, description="Optimiser updates at which methods are compared.")
+    updates: int | None = Field(default=None, ge=1, description="Optimiser updates at which methods are compared.")
     compute: Finite | None = Field(
-        default=None, gt=0, description="Forward-equivalents of a run at which they are compared too."
+        default=None, gt=0, description="Forward-equivalents of a run at which they are compared; or too."
     )
     points: tuple[int, ...] = Field(default=(), strict=False, description="Further updates to score, for the curve.")
     seeds: int = Field(ge=1, description="How many training seeds.")
@@ -154,6 +163,11 @@ class SuiteFile(Part):
     )
 
     @property
+    def views(self) -> tuple[View, ...]:
+        """At what methods are compared."""
+        return tuple(view for view in VIEWS if getattr(self, view) is not None)
+
+    @property
     def training_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.first_seed, self.first_seed + self.seeds))
 
@@ -164,6 +178,11 @@ class SuiteFile(Part):
         for name in self.methods:
             if not re.fullmatch(NAME, name):
                 raise ValueError(f"methods: {name!r} names a folder too: letters, digits, '_' and '-', a letter first")
+        if not self.views:
+            raise ValueError("updates or compute: at one of them, or both, methods are compared; found none")
+        taken = [name for name, part in self.measures if part is not None]
+        if self.updates is None and taken:
+            raise ValueError(f"measures.{taken[0]} is of equal updates, and this suite has no updates")
         if any(count < 1 for count in self.points):
             raise ValueError(f"points: updates are at least 1, found {self.points}")
         on_prompts = self.measures.guidance is not None or self.measures.realism is not None
@@ -173,8 +192,8 @@ class SuiteFile(Part):
             methods = [name for name in (claim.method, claim.over) if name is not None]
             _require_known(f"claims.{index}", methods, self.methods)
             _require_known(f"claims.{index}.capability", [claim.capability or self.capabilities[0]], self.capabilities)
-            if claim.view == "compute" and self.compute is None:
-                raise ValueError(f"claims.{index}.view: this suite has no 'compute'")
+            if claim.method is not None and claim.view not in self.views:
+                raise ValueError(f"claims.{index}.view: this suite has no {claim.view!r}")
             if claim.measure not in (None, "scores") and getattr(self.measures, claim.measure) is None:
                 raise ValueError(f"claims.{index}.measure: this suite does not measure {claim.measure!r}")
         if self.search is not None:
@@ -187,8 +206,13 @@ def _check_search(search: SearchPart, suite: SuiteFile) -> None:
     _require_known("search.capabilities", search.capabilities, suite.capabilities)
     if len(set(search.seeds)) != len(search.seeds) or min(search.seeds) < 0:
         raise ValueError(f"search.seeds: different numbers from 0, found {search.seeds}")
-    if search.final_updates is not None and search.final_updates <= search.updates:
-        raise ValueError(f"search.final_updates: more than the {search.updates} updates, found {search.final_updates}")
+    if (search.updates is None) == (search.compute is None):
+        found = "neither" if search.updates is None else "both"
+        raise ValueError(f"search: updates, or compute, say how long a trial is; found {found}")
+    for view in VIEWS:
+        first, final = getattr(search, view), getattr(search, f"final_{view}")
+        if final is not None and (first is None or final <= first):
+            raise ValueError(f"search.final_{view}: more than the trials' {view} ({first or 'none'}), found {final:g}")
     for name, grid in search.grid.items():
         for key, values in grid.items():
             if not values or any(value in values[:index] for index, value in enumerate(values)):

@@ -28,6 +28,8 @@ def summarise(suite: Suite, results: Results, part: str | None) -> dict[str, Any
             "rule": suite.searched.rule,
             "updates": suite.searched.updates,
             "final_updates": suite.searched.final_updates,
+            "compute": suite.searched.compute,
+            "final_compute": suite.searched.final_compute,
             "trials": len(next(iter(suite.searched.methods.values())).trials),
             "chosen": {name: found.chosen for name, found in of_methods.items()},
             "edges": {name: found.edges for name, found in of_methods.items() if found.edges},

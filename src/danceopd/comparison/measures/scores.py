@@ -60,7 +60,7 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
             name: {c: as_json(mean_over_seeds(results.source(name, c)[None])) for c in suite.capabilities}
             for name in results.sources
         },
-        "views": {"updates": {}} | ({} if suite.compute is None else {"compute": {}}),
+        "views": {view: {} for view in suite.views},
         "curve": {},
         "runs": {},
     }
@@ -187,9 +187,14 @@ def plots(content: dict[str, Any]) -> list[Plot]:
     if {"t2i", "edit"} <= set(capabilities) and set(capabilities[:2]) != {"t2i", "edit"}:
         planes.append(("t2i", "edit"))
     for first, second in planes:
-        title = f"{WORDS[first].capitalize()} and {WORDS[second]}, at equal updates (stars: sources)"
+        title = f"{WORDS[first].capitalize()} and {WORDS[second]}, at {WORDS[_main_view(content)]} (stars: sources)"
         made.append(Plot(title, _plane_plot(content, first, second)))
-    return [*made, Plot("Tasks, at equal updates", _task_plot(content))]
+    return [*made, Plot(f"Tasks, at {WORDS[_main_view(content)]}", _task_plot(content))]
+
+
+def _main_view(content: dict[str, Any]) -> str:
+    """Equal updates, or where a suite has none equal compute."""
+    return next(iter(content["views"]))
 
 
 class Look(NamedTuple):
@@ -219,7 +224,7 @@ def _axes(count: int, columns: int, width: float, height: float) -> tuple[Any, l
 
 def against_compute(content: dict[str, Any]) -> bytes:
     """Each method's scores against the network forward-equivalents that they took, by capability: a PNG."""
-    methods = looks(content["views"]["updates"])
+    methods = looks(content["views"][_main_view(content)])
     size = {"columns": 2, "width": 6.7, "height": 5.0} if len(methods) > _MANY_METHODS else _ROW
     figure, all_axes = _axes(len(content["best_source"]), **size)
     curves = {name: sorted(points, key=lambda point: point["compute"]) for name, points in content["curve"].items()}
@@ -292,8 +297,9 @@ def _plane_plot(content: dict[str, Any], first: str, second: str) -> bytes:
         place = scores[first]["value"], scores[second]["value"]
         axes.plot(*place, "*", markersize=12, color="#999")
         axes.annotate(name, place, textcoords="offset points", xytext=(6, 4), color="#777", fontsize=8)
-    for name, (color, marker, _) in looks(content["views"]["updates"]).items():
-        x, y = (content["views"]["updates"][name][capability]["overall"] for capability in (first, second))
+    methods = content["views"][_main_view(content)]
+    for name, (color, marker, _) in looks(methods).items():
+        x, y = (methods[name][capability]["overall"] for capability in (first, second))
         spans = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (x, y)]
         value = x["value"], y["value"]
         axes.errorbar(*value, xerr=spans[0], yerr=spans[1], fmt=marker, color=color, capsize=2, label=name)
@@ -303,7 +309,7 @@ def _plane_plot(content: dict[str, Any], first: str, second: str) -> bytes:
 
 
 def _task_plot(content: dict[str, Any]) -> bytes:
-    methods = content["views"]["updates"]
+    methods = content["views"][_main_view(content)]
     figure, all_axes = _axes(len(content["best_source"]), columns=1, width=9.6, height=2.8)
     width = 0.8 / len(methods)
     for axes, capability in zip(all_axes, content["best_source"], strict=True):
