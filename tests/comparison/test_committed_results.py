@@ -9,7 +9,7 @@ from PIL import Image
 from danceopd.comparison import runner
 from danceopd.comparison.claims import settle, stated
 from danceopd.comparison.compare import read_comparison
-from danceopd.comparison.measures import measured, scores
+from danceopd.comparison.measures import MEASURES, measured, scores
 from danceopd.comparison.page import markdown
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.search_file import FINALS, RULE
@@ -18,6 +18,8 @@ from danceopd.comparison.suite import load_suite
 RESULTS, SUITES = Path(__file__).parents[2] / "docs" / "results", Path(__file__).parents[2] / "suites"
 OTHER_JSON = {"world.json", "world_rebuilt.json", "memory.json"}
 """Files of docs/results that no comparison made."""
+AGAIN = {"scores", "realism", "staleness"}
+"""Measures of which all that was taken is committed."""
 
 
 def test_text_to_image_and_editing_have_their_plane_beside_the_first_two_capabilities():
@@ -53,27 +55,41 @@ def test_all_raw_scores_are_of_a_published_suite():
 
 
 def _results(suite, summary):
-    """The results that were summarised, from the committed raw scores."""
-    found = summary["measures"]["scores"]
+    """The results that were summarised, from the committed raw scores; the lengths of the runs are the suite's."""
+    entries = summary["measures"]["scores"]["views"]
+    assert list(entries) == list(suite.views)
+    lengths = {method: {view: entries[view][method]["updates"] for view in entries} for method in suite.recipes}
+    trained = {method: recipe.train.steps > 0 for method, recipe in suite.recipes.items()}
+    if suite.updates is not None:
+        assert {method: found["updates"] for method, found in lengths.items()} == {
+            method: suite.updates * trained[method] for method in trained
+        }
+    for method, entry in entries.get("compute", {}).items():
+        spent, one_update = entry["expected_compute"], entry["expected_compute"] / max(1, entry["updates"])
+        assert 0 <= suite.compute - spent < one_update if trained[method] else spent == 0
+    further = {method: suite.points if trained[method] else () for method in trained}
 
-    def points(method, updates):
-        key = runner._key(suite, method, "scores")
-        for seed in suite.seeds:
-            folder = suite.run_folder(method, seed=seed, root=RESULTS / "trained")
-            content = json.loads((folder / "points" / f"{updates:06d}-scores-{key}.json").read_text())
-            yield Point(content["updates"], content["compute"], content["seconds"], {"scores": content["taken"]})
+    def point(method, updates, seed):
+        folder, taken = suite.run_folder(method, seed=seed, root=RESULTS / "trained"), {}
+        for name in AGAIN & set(measured(suite)):
+            here = MEASURES[name].everywhere or updates == lengths[method].get("updates")
+            if MEASURES[name].take is not None and here:
+                file = folder / "points" / f"{updates:06d}-{name}-{runner._key(suite, method, name)}.json"
+                content = json.loads(file.read_text())
+                taken[name] = content["taken"]
+        return Point(content["updates"], content["compute"], content["seconds"], taken)
 
-    views = {view: found["views"][view] for view in found["views"]}
     return Results(
         points={
-            method: {int(updates): list(points(method, int(updates))) for updates in runs}
-            for method, runs in found["runs"].items()
+            method: {
+                updates: [point(method, updates, seed) for seed in suite.seeds]
+                for updates in sorted({*lengths[method].values(), *further[method]})
+            }
+            for method in suite.recipes
         },
-        views={method: {view: views[view][method]["updates"] for view in views} for method in suite.recipes},
+        views=lengths,
         sources=json.loads(runner._sources_file(suite, RESULTS / "trained").read_text())["scores"],
-        expected={
-            method: {view: views[view][method]["expected_compute"] for view in views} for method in suite.recipes
-        },
+        expected={method: {view: entries[view][method]["expected_compute"] for view in entries} for method in trained},
     )
 
 
@@ -97,14 +113,13 @@ def test_every_committed_result_is_of_its_suite_as_it_is(name):
     assert summary["seeds"] == len(suite.seeds)
     assert summary["scenes_per_task"] == suite.recipes[suite.reference].evaluate.scenes_per_task
     assert list(summary["measures"]) == list(measured(suite))
-    assert list(summary["measures"]["scores"]["views"]["updates"]) == list(suite.recipes)
-    results = _results(suite, summary)
-    again = {"scores": scores.measure(suite, results), "claims": settle(suite, results, summary["measures"])}
-    kept = {"scores": summary["measures"]["scores"], "claims": summary["claims"]}
-    numbers, others = _leaves(again)
-    assert (numbers, others) == (pytest.approx(_leaves(kept)[0], rel=0, abs=1.1e-4), _leaves(kept)[1])
+    results, kept = _results(suite, summary), summary["measures"]
+    again = kept | {name: MEASURES[name].measure(suite, results) for name in AGAIN & kept.keys()}
+    numbers, others = _leaves({"measures": again, "claims": settle(suite, results, again)})
+    numbers_kept, others_kept = _leaves({"measures": kept, "claims": summary["claims"]})
+    assert (numbers, others) == (pytest.approx(numbers_kept, rel=0, abs=1.1e-4), others_kept)
     if suite.searched is not None:
-        finals = RULE if suite.searched.final_updates is None else f"{RULE} {FINALS}"
+        finals = f"{RULE} {FINALS}" if suite.searched.has_finals else RULE
         assert suite.searched.rule == summary["searched"]["rule"] == finals
         edges = {name: found.edges for name, found in suite.searched.methods.items() if found.edges}
         assert summary["searched"]["edges"] == edges

@@ -148,6 +148,21 @@ def test_everything_that_was_made_with_other_sources_is_refused_at_once(tmp_path
     compare(path, out=out, resume=True)
 
 
+def test_sources_that_change_in_between_are_refused(tmp_path, monkeypatch):
+    lora = shutil.copyfile(WEIGHTS / "edit.safetensors", tmp_path / "edit.safetensors")
+    recipe = TINY["recipe"] | {"fields": {"t2i": {"base": True}, "edit": {"lora": str(lora)}}}
+    path = write(tmp_path, recipe=recipe, compute=None, methods={"danceopd": {}, "joint": JOINT})
+
+    def replace_and_train(*args, **kwargs):
+        shutil.copyfile(WEIGHTS / "local.safetensors", lora)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "train", replace_and_train)
+    with pytest.raises(ComparisonError, match=r"^made with other sources .*danceopd-.*joint-.*put back .*edit"):
+        compare(path, out=tmp_path / "out")
+    assert not list(tmp_path.rglob("comparison.json"))
+
+
 def test_a_run_that_diverges_says_which(tmp_path):
     methods = {"danceopd": {"train.learning_rate": 1e38}}
     path = write(tmp_path, methods=methods, updates=4, compute=None)
@@ -279,6 +294,9 @@ def test_figures_that_were_damaged_are_named(tmp_path, damage):
         kept = file.read_bytes()
         file.write_bytes(damage)
         with pytest.raises(ComparisonError, match=rf"{file.name} is damaged: .*; remove it to measure again"):
+            compare(path, out=out, resume=True)
+        file.write_text(json.dumps({**json.loads(kept), "hashes": None}))
+        with pytest.raises(ComparisonError, match=rf"{file.name} is damaged: "):
             compare(path, out=out, resume=True)
         file.write_bytes(kept)
     broken = tmp_path / "comparison.json"

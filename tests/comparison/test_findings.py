@@ -31,7 +31,8 @@ def told_apart(content):
 def tried(file):
     """The scores of a search's trials, where there was one."""
     methods = json.loads(file.read_text())["methods"].values() if file.is_file() else ()
-    return [x for of in methods for trial in of["trials"] + of.get("finals", []) for x in trial["scores"].values()]
+    trials = [trial for method in methods for trial in method["trials"] + method.get("finals", [])]
+    return [score for trial in trials for score in trial["scores"].values()]
 
 
 def is_rounded(text, value):

@@ -64,7 +64,7 @@ def test_finalists_go_on_and_the_choice_is_among_them(tmp_path, monkeypatch):
     path, losers = write(tmp_path, search=part, compute=None), content["methods"]["joint"]
     found.write_text(json.dumps(content))
     page = compare(path, out=tmp_path / "compared", only=["merge"]).with_suffix(".md").read_text()
-    assert "3 trials of 1 updates for each method, the better half of them of 2, on seeds" in page
+    assert "3 trials of 1 updates for each of these, the better half of them of 2, on seeds" in page
     for finals in (losers["finals"][:1], []):
         losers["finals"] = finals
         found.write_text(json.dumps(content))
@@ -96,7 +96,7 @@ def test_trials_may_have_equal_compute_and_so_lengths_of_their_own(tmp_path, mon
     content = json.loads(found.read_text())
     assert (content["updates"], content["compute"], content["final_compute"]) == (None, 55.0, 110.0)
     page = compare(path, out=tmp_path / "compared").with_suffix(".md").read_text()
-    assert "2 trials of 55 forward-equivalents for each method, the better half of them of 110, on seeds" in page
+    assert "2 trials of 55 forward-equivalents for each of these, the better half of them of 110, on seeds" in page
     assert "At equal compute" in page
     assert "equal updates" not in page
 
@@ -166,13 +166,25 @@ def _chosen(content, method):
 
 def test_what_is_not_trained_may_stay_as_the_suite_has_it(tmp_path):
     even = TINY["methods"]["merge"]
-    path = write(tmp_path, search=SEARCH, compute=None, methods={**TINY["methods"], "even": even})
+    methods = {"even": even, **TINY["methods"]}
+    path = write(tmp_path, search=SEARCH, compute=None, methods=methods, reference="even")
     search(path, out=tmp_path / "searched")
-    found = read_comparison(compare(path, out=tmp_path / "compared"))
+    part = compare(path, out=tmp_path / "compared", only=["even"]).with_suffix(".md").read_text()
+    assert "Settings chosen by the search" not in part
+    found = read_comparison(compare(path, out=tmp_path / "compared", resume=True))
     assert set(found["searched"]["chosen"]) == {"danceopd", "joint", "merge"}
     assert set(found["measures"]["scores"]["views"]["updates"]) == {"danceopd", "joint", "merge", "even"}
     write(tmp_path, search=SEARCH, compute=None)
     assert load_suite(path).searched is not None  # what was not searched is no part of what the search depends on
+    shared = TINY["recipe"] | {
+        "method": "weight_merge",
+        "student": even["student"],
+        "train": {"steps": 0, "precision": "fp32"},
+    }
+    merges = {"even": {}, "odd": {"student.init": {"t2i": 1.0, "edit": 3.0}}}
+    part = SEARCH | {"grid": {"odd": SEARCH["grid"]["merge"]}}
+    path = write(tmp_path, recipe=shared, methods=merges, search=part, reference="even")
+    assert load_suite(path, with_search=False).search is not None
 
 
 def test_a_search_serves_methods_whose_routes_have_other_names(tmp_path):

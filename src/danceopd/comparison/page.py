@@ -46,7 +46,7 @@ def _plots(summary: dict[str, Any]) -> list[Plot]:
 def _tables(summary: dict[str, Any]) -> list[Table]:
     made = [claims.table(summary["claims"])] if summary["claims"] else []
     made += [table for name, content in summary["measures"].items() for table in MEASURES[name].tables(content)]
-    if summary["searched"] is not None:
+    if summary["searched"] is not None and summary["searched"]["chosen"]:
         made.append(_search_table(summary["searched"]))
     return made
 
@@ -77,7 +77,7 @@ def _search_table(searched: dict[str, Any]) -> Table:
     further = "" if final is None else f", the better half of them of {final:,.0f}"
     unit = "forward-equivalents" if view == "compute" else "updates"
     note = (
-        f"{searched['trials']} trials of {searched[view]:,.0f} {unit} for each method{further}, on seeds and scenes "
+        f"{searched['trials']} trials of {searched[view]:,.0f} {unit} for each of these{further}, on seeds and scenes "
         f"that are not these. {searched['rule']}"
     )
     if searched["edges"]:

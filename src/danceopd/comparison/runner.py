@@ -21,7 +21,7 @@ from danceopd.files import write_text
 from danceopd.recipe import Recipe
 from danceopd.runs import train
 from danceopd.states import NetworkCalls
-from danceopd.training.assemble import Assembly, LoadedModels, assemble, load_models
+from danceopd.training.assemble import Assembly, assemble, load_models
 from danceopd.training.checkpoint import RunStateError, checkpoints, keep_averaged, load_checkpoint_state
 from danceopd.training.hardware import pick_device
 from danceopd.training.models import model_velocities
@@ -63,9 +63,7 @@ def run_suite(
     _require_searched_with(suite, hashes)
     runs = [(method, seed) for seed in suite.seeds for method in methods]
     folders = {suite.run_folder(method, seed=seed, root=root): hashes[method] for method, seed in runs}
-    models = load_models(suite.recipes[suite.reference], device=pick_device())
-    _require_made_with(folders | {_sources_file(suite, root): models.hashes})
-    sources = _source_scores(suite, models, root, report)  # before hours are spent
+    sources = _sources(suite, root, folders, report)  # before hours are spent
     work = partial(_run_points, suite, views, root)
     if jobs > 1:
         try:
@@ -79,6 +77,7 @@ def run_suite(
     for method, seed in runs:
         for updates, point in work((method, seed), report).items():
             points[method].setdefault(updates, []).append(point)
+    _require_made_with(folders)  # no source may have changed in the meantime
     return Results(points, views, sources, expected)
 
 
@@ -213,14 +212,20 @@ def _trained_to(recipe: Recipe, folder: RunFolder) -> Path:
 
 
 def _sources_file(suite: Suite, root: Path) -> Path:
-    """Where the sources' own scores on the suite's scenes are kept."""
+    """Where the scores of the sources themselves are kept."""
     recipe = suite.recipes[suite.reference]
     named = recipe.model_dump(mode="json", include={"base", "fields"})
     return root / f"sources-{digest([named, recipe.train.precision, _key(suite, suite.reference, 'scores')])}.json"
 
 
-def _source_scores(suite: Suite, models: LoadedModels, root: Path, report: Report) -> dict[str, dict[str, Any]]:
+def _sources(suite: Suite, root: Path, runs: dict[Path, dict[str, str]], report: Report) -> dict[str, dict[str, Any]]:
+    """Every source's own scores on the suite's scenes; nothing there may have been made with others.
+
+    runs: by folder, the hashes of what each run has now.
+    """
+    models = load_models(suite.recipes[suite.reference], device=pick_device())
     file = _sources_file(suite, root)
+    _require_made_with(runs | {file: models.hashes})
     if not file.exists():
         names = [name for name in model_velocities(models) if name != "student"]
         report(f"sources: {', '.join(names)}")
@@ -239,7 +244,7 @@ def _kept(file: Path, keys: set[str]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ComparisonError(f"{file} is damaged: {error}; remove it to measure again") from error
-    if not isinstance(content, dict) or content.keys() != keys:
+    if not isinstance(content, dict) or content.keys() != keys or not isinstance(content["hashes"], dict):
         raise ComparisonError(f"{file} is damaged: needs {', '.join(sorted(keys))}; remove it to measure again")
     return content
 

@@ -13,7 +13,7 @@ RULE = (
     "Each capability's score is divided by its best source's on the search's scenes. Of a method's trials the one with "
     "the highest mean ratio is chosen, the first of equals."
 )
-FINALS = "The better half of a method's trials goes on to the final number of updates, and the choice is among those."
+FINALS = "The better half of a method's trials goes on to the final length, and the choice is among those."
 
 
 class SearchMismatch(ValueError):
@@ -37,7 +37,7 @@ class Trial(_Part):
 
 
 class MethodSearch(_Part):
-    """All trials of a method, those that went on, after the final number of updates, and the settings chosen."""
+    """All trials of a method, those that went on, after the final length, and the settings chosen."""
 
     trials: tuple[Trial, ...] = Field(min_length=1)
     finals: tuple[Trial, ...] = ()
@@ -51,11 +51,11 @@ class MethodSearch(_Part):
         for key, value in _numbers(self.chosen).items():
             values = [numbers[key] for numbers in tried if key in numbers]
             if len(set(values)) > 2:
-                last = [numbers[key] for numbers in went_on if key in numbers] or values
+                last = [numbers[key] for numbers in went_on if key in numbers]
                 for end, word in ((min, "lowest"), (max, "highest")):
                     if value == end(values):
                         found.append(f"{key} {value:g} is the {word}")
-                    elif value == end(last):
+                    elif len(set(last)) > 1 and value == end(last):
                         found.append(f"{key} {value:g} is the {word} that went on")
         return found
 
@@ -82,6 +82,10 @@ class SearchFile(_Part):
     scenes_per_task: int
     hashes: dict[str, str]
     methods: dict[str, MethodSearch]
+
+    @property
+    def has_finals(self) -> bool:
+        return self.final_updates is not None or self.final_compute is not None
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, float]:
@@ -110,7 +114,8 @@ def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
     """Read a search file, of these methods.
 
     Raises:
-        SearchMismatch: if it is damaged, was made for another recipe, methods or grid, or chose against its scores.
+        SearchMismatch: if it is damaged, was made for another recipe or grid, or for these methods as they were, or
+            chose against its scores.
     """
     try:
         content = SearchFile.model_validate_json(path.read_text(encoding="utf-8"))
@@ -119,8 +124,7 @@ def read_search(path: Path, *, fits: str, methods: Set[str]) -> SearchFile:
     again = "search again (danceopd search SUITE)"
     if content.fits != fits or content.methods.keys() != methods:
         raise SearchMismatch(f"{path} was made for another recipe, methods or grid than the suite's; {again}")
-    has_finals = (content.final_updates or content.final_compute) is not None
     for name, method in content.methods.items():
-        if bool(method.finals) != has_finals or not method.holds_together:
+        if bool(method.finals) != content.has_finals or not method.holds_together:
             raise SearchMismatch(f"{path}: what is chosen for {name!r} is not what its trials give; {again}")
     return content

@@ -109,8 +109,8 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     Raises:
         SuiteError: for a file that cannot be used (``read_suite_file``), methods that no recipe knows, recipes that do
             not share sources, data or evaluation, a learning rate that depends on the run's length, a precision that is
-            left to each run, figures or a teacher that belong to no source, a guidance that is none of its field's, or
-            a search file of another suite.
+            left to each run, a trained method that is not searched beside others that are, figures or a teacher that
+            belong to no source, a guidance that is none of its field's, or a search file of another suite.
     """
     content = read_suite_file(path)
     searched = None
@@ -124,7 +124,11 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     chosen = {} if searched is None else {name: method.chosen for name, method in searched.methods.items()}
     recipes = {name: method_recipe(path, content, name, chosen.get(name, {})) for name in content.methods}
     require_shared(path, recipes)
-    for recipe in recipes.values():
+    for name, recipe in recipes.items():
+        if content.search is not None and recipe.train.steps and name not in content.search.grid:
+            raise SuiteError(
+                f"{path}: search.grid: every method that is trained is searched alike, {name!r} is not there"
+            )
         _require_sources(path, content, recipe)
     scenes_seed = recipes[content.reference].evaluate.seed
     if content.search is not None and content.search.scenes_seed == scenes_seed:
