@@ -78,7 +78,7 @@ def _search_table(searched: dict[str, Any]) -> Table:
     unit = "forward-equivalents" if view == "compute" else "updates"
     note = (
         f"{searched['trials']} trials of {searched[view]:,.0f} {unit} for each of these{further}, on seeds and scenes "
-        f"that are not these. {searched['rule']}"
+        f"apart from the reported ones. {searched['rule']}"
     )
     if searched["edges"]:
         said = "; ".join(f"{name}: {', '.join(edges)}" for name, edges in searched["edges"].items())

@@ -91,7 +91,7 @@ def _require_searched_with(suite: Suite, hashes: dict[str, dict[str, str]]) -> N
 
 
 def _require_made_with(present: dict[Path, dict[str, str]]) -> None:
-    """Refuse what an earlier comparison left of other sources or data, all of it at once.
+    """Refuse what was made with other sources or data than there are now, all of it at once.
 
     present: by run folder or file, the hashes of what is there now.
     """

@@ -64,6 +64,7 @@ class Suite:
         return digest([_DEFAULTS, content | {"train": train}] + ([] if revised is None else [revised]))
 
     def run_folder(self, method: str, *, seed: int, root: Path) -> Path:
+        """Where a run is kept: by what it is trained with, so that changed settings find no old run."""
         return root / f"{method}-{self.fingerprint(method)}" / f"seed-{seed}"
 
     def run_recipe(self, method: str, *, seed: int, updates: int, root: Path) -> Recipe:

@@ -300,6 +300,7 @@ class Trainer:
             raise self.processes.alike(self._stopped_by(f"non-finite loss on route {listed}"))
 
     def _stopped_by(self, found: str) -> NonFiniteValue:
+        """The error that stops a run: what was found, what is saved, and what usually helps."""
         saved = latest_checkpoint(self.folder.checkpoints)
         return NonFiniteValue(
             f"update {self.step + 1}: {found}; stopped, the newest checkpoint is "
