@@ -47,11 +47,20 @@ def test_every_method_is_tried_here():
     assert SETTINGS.keys() == METHODS.keys()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "weight_merge"])
-def test_a_method_trains_the_student_and_resumes_exactly(tiny, tmp_path, method):
-    whole = train(tiny(*settings(method), f"output={tmp_path / 'whole'}", "train.steps=4"))
-    train(tiny(*settings(method), f"output={tmp_path / 'cut'}", "train.steps=2"))
-    cut = train(tiny(*settings(method), f"output={tmp_path / 'cut'}", "train.steps=4"), resume=True)
+VARIANTS = [
+    ["method=off_policy", "query.states=teacher"],
+    [*settings("flow_opd"), "flow_opd.gradient=score"],
+    [*settings("flow_opd"), "flow_opd.gradient=total", "flow_opd.anchor=t2i", "flow_opd.anchor_weight=0.1"],
+]
+
+
+@pytest.mark.parametrize(
+    "chosen", [*(settings(name) for name in METHODS if name != "weight_merge"), *VARIANTS], ids=str
+)
+def test_a_method_trains_the_student_and_resumes_exactly(tiny, tmp_path, chosen):
+    whole = train(tiny(*chosen, f"output={tmp_path / 'whole'}", "train.steps=4"))
+    train(tiny(*chosen, f"output={tmp_path / 'cut'}", "train.steps=2"))
+    cut = train(tiny(*chosen, f"output={tmp_path / 'cut'}", "train.steps=4"), resume=True)
     one, two = (load_file(checkpoints(run.checkpoints)[-1] / "student.safetensors") for run in (whole, cut))
     assert all(torch.equal(one[name], two[name]) for name in one)
     start = load_file(checkpoints(whole.checkpoints)[0] / "student.safetensors")
@@ -133,6 +142,11 @@ SHIFTED = [shifted_grid(steps=steps, shift=3.0).sigmas.tolist() for steps in (4,
             lambda m: (m.sigma_mean, m.sigma_std),
             (0.7, 0.4),
         ),
+        (
+            [*settings("soft_mixing"), "routes.0.weight=3", "soft_mixing={weights: {edit: 2, t2i: 2}}"],
+            lambda m: [route.field.weights for route in m.routes],
+            [(0.5, 0.5), (0.5, 0.5)],
+        ),
         ([*settings("diffusion_opd"), "diffusion_opd.eta=0.5"], lambda m: (m.form, m.eta), ("sde", 0.5)),
         (
             ["rollout.shift=3.0", "routes.1.num_inference_steps=6"],
@@ -177,6 +191,9 @@ def test_a_methods_settings_reach_it(tiny, overrides, found, value):
         (["joint.sigma_mean=1.0"], "joint: method 'danceopd' makes no use"),
         (["method=off_policy"], "needs 'data' or 'teacher'"),
         (["method=soft_mixing", "query.states=data"], "'soft_mixing' asks at the student's own states, found 'data'"),
+        (["method=soft_mixing", "soft_mixing={weights: {t2i: 1}}"], "one for each route, edit, t2i; found t2i"),
+        (["method=soft_mixing", "soft_mixing={weights: {t2i: 1, edit: 0}}"], "soft_mixing.weights.edit"),
+        (["soft_mixing={weights: {t2i: 1, edit: 1}}"], "soft_mixing: method 'danceopd' makes no use of it"),
         (["query.states=teacher"], "'danceopd' asks at the student's own states, found 'teacher'; .* 'off_policy'"),
         (["train.steps=0"], "0 belongs to method 'weight_merge'"),
         (["method=weight_merge", PLAIN, "train.steps=0"], "needs {field: weight, ...}"),

@@ -19,6 +19,7 @@ from danceopd.recipe.teaching import (
     QueryPart,
     RolloutPart,
     RoutingPart,
+    SoftMixingPart,
 )
 from danceopd.recipe.training import EvaluatePart, TrainPart
 from danceopd.recipe.wording import NAME
@@ -71,6 +72,7 @@ class Recipe(Part):
     query: QueryPart = QueryPart()
     objective: str = Field(default="velocity_mse", description=f"One of {', '.join(OBJECTIVES)}.")
     joint: JointPart = JointPart()
+    soft_mixing: SoftMixingPart = SoftMixingPart()
     diffusion_opd: DiffusionOPDPart = DiffusionOPDPart()
     flow_opd: FlowOPDPart = FlowOPDPart()
     train: TrainPart = TrainPart()
@@ -194,7 +196,7 @@ class Recipe(Part):
             raise ValueError(
                 f"unknown method {self.method!r}{nearest(self.method, METHODS)}; known: {', '.join(METHODS)}"
             )
-        for part in ("query", "objective", "joint", "diffusion_opd", "flow_opd"):
+        for part in ("query", "objective", "joint", "soft_mixing", "diffusion_opd", "flow_opd"):
             if part not in METHODS[self.method] and getattr(self, part) != Recipe.model_fields[part].default:
                 raise ValueError(f"{part}: method {self.method!r} makes no use of it")
         if (self.method == "weight_merge") != (self.train.steps == 0):
@@ -217,6 +219,12 @@ class Recipe(Part):
         if self.method == "soft_mixing":
             for route in self.routes:
                 self._require_told_alike("method 'soft_mixing'", route.field)
+        names, weights = {route.name or route.field for route in self.routes}, self.soft_mixing.weights
+        if weights is not None and weights.keys() != names:
+            raise ValueError(
+                f"soft_mixing.weights: needs one for each route, {', '.join(sorted(names))}; "
+                f"found {', '.join(sorted(weights)) or 'none'}"
+            )
         anchor, group = self.flow_opd.anchor, self.flow_opd.group_size
         if anchor is not None and anchor not in self.fields:
             raise ValueError(f"flow_opd.anchor: there is no field {anchor!r}; fields: {', '.join(self.fields)}")

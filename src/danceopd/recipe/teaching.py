@@ -117,6 +117,15 @@ class JointPart(Part):
     sigma_std: float = number(default=1.0, gt=0, description="See sigma_mean.")
 
 
+class SoftMixingPart(Part):
+    """Settings of ``method: soft_mixing``."""
+
+    weights: dict[str, Annotated[float, number(gt=0)]] | None = Field(
+        default=None,
+        description="Weights of the average by route, the routes' own (which are also their shares) by default.",
+    )
+
+
 class DiffusionOPDPart(Part):
     """Settings of ``method: diffusion_opd``."""
 
@@ -141,7 +150,7 @@ class FlowOPDPart(Part):
 
 METHODS = {
     "danceopd": ("query", "objective"),
-    "soft_mixing": ("query", "objective"),
+    "soft_mixing": ("query", "objective", "soft_mixing"),
     "off_policy": ("query", "objective"),
     "joint": ("joint",),
     "diffusion_opd": ("diffusion_opd",),

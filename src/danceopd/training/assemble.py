@@ -276,7 +276,7 @@ def _method(
         "objective": OBJECTIVES[recipe.objective],
     }
     if recipe.method == "soft_mixing":
-        return soft_mixing(**common, **routing, **matching)
+        return soft_mixing(**common, **routing, **matching, **recipe.soft_mixing.model_dump())
     if recipe.rollout.mode == "streaming":
         batch_size = recipe.train.batch_size
         options = {"pool": recipe.rollout.pool, "batch_size": batch_size}
