@@ -174,9 +174,11 @@ def test_a_search_is_held_to_the_contents_of_its_sources_wherever_they_lie(tmp_p
     suite = load_suite(Path(__file__).parents[2] / "suites" / "local_global.yaml")
     hashes = {suite.reference: {f"/elsewhere/{name}": found for name, found in suite.searched.hashes.items()}}
     runner._require_searched_with(suite, hashes)
-    hashes[suite.reference]["/elsewhere/shapes:local"] = "0" * 64
-    with pytest.raises(ComparisonError, match="made with other sources"):
-        runner._require_searched_with(suite, hashes)
+    there = hashes[suite.reference]
+    local, other = "/elsewhere/shapes:local", "/elsewhere/shapes:global"
+    for changed in (there | {local: "0" * 64}, there | {local: there[other], other: there[local]}):
+        with pytest.raises(ComparisonError, match="made with other sources"):
+            runner._require_searched_with(suite, {suite.reference: changed})
 
 
 def test_equal_compute_buys_as_many_updates_as_predicted_and_is_spent(tmp_path):

@@ -81,14 +81,20 @@ def descendants(pid):
 UPDATES = 400
 
 
-def begin(tmp_path, out):
-    recipe = TINY["recipe"] | {"train": TINY["recipe"]["train"] | {"checkpointing_steps": 1}}
-    methods = {"danceopd": {}, "joint": {"method": "joint"}, "next": {"train.learning_rate": 1e-4}}
-    path = write(tmp_path, compute=None, updates=UPDATES, recipe=recipe, methods=methods)
+def saved_every(updates):
+    return TINY["recipe"] | {"train": TINY["recipe"]["train"] | {"checkpointing_steps": updates}}
+
+
+def begin(path, out, *, step=0):
+    """``danceopd compare`` in a process of its own, two of whose checkpoints are of update ``step`` or later."""
+
+    def saved():
+        return [file for file in out.rglob("checkpoints/*/state.json") if int(file.parent.name.split("-")[1]) >= step]
+
     command = [*COMMAND, "compare", str(path), "--jobs", "2", "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
-    while len(list(out.rglob("checkpoints/*/state.json"))) < 2 and time.monotonic() < deadline:
+    while len(saved()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert time.monotonic() < deadline, "nothing was saved"
     return process
@@ -97,7 +103,9 @@ def begin(tmp_path, out):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
 @pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 2, 143), (signal.SIGKILL, 1, -signal.SIGKILL)])
 def test_a_stopped_comparison_leaves_no_process_and_whole_checkpoints(tmp_path, number, times, code):
-    process = begin(tmp_path, tmp_path / "out")
+    methods = {"danceopd": {}, "joint": {"method": "joint"}, "next": {"train.learning_rate": 1e-4}}
+    path = write(tmp_path, compute=None, updates=UPDATES, recipe=saved_every(1), methods=methods)
+    process = begin(path, tmp_path / "out")
     children = descendants(process.pid)
     assert len(children) >= 2
     for _ in range(times):  # a second one, of who is impatient, must not let the others go on
@@ -114,3 +122,23 @@ def test_a_stopped_comparison_leaves_no_process_and_whole_checkpoints(tmp_path, 
     saved = list(tmp_path.rglob("state.json"))
     assert all((file.parent / "student.safetensors").exists() for file in saved)
     assert not [file for file in saved if file.parent.name == f"step-{UPDATES:06d}"]  # nor was more trained
+
+
+def test_a_comparison_that_was_killed_between_checkpoints_ends_as_an_uninterrupted_one(tmp_path):
+    methods = {"danceopd": {}, "joint": {"method": "joint"}}
+    path = write(tmp_path, compute=None, updates=30, recipe=saved_every(8), methods=methods)
+    process = begin(path, tmp_path / "cut", step=16)
+    process.kill()
+    process.communicate(timeout=120)
+    cut = tmp_path / "cut" / "tiny" / "comparison.json"
+    assert not cut.exists()
+    command = [*COMMAND, "compare", str(path), "--out", str(tmp_path / "cut"), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a job's share of two cores
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = compare(path, out=tmp_path / "whole")
+    finally:
+        torch.set_num_threads(before)
+    assert without_seconds(read_comparison(cut)) == without_seconds(read_comparison(whole))

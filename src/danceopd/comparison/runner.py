@@ -82,11 +82,11 @@ def run_suite(
 
 
 def _require_searched_with(suite: Suite, hashes: dict[str, dict[str, str]]) -> None:
-    """The search has the hashes of its reference's recipe, of files by the names that they had where it was made."""
+    """The search has the hashes of its reference's recipe in their order; the files' names are those of where it was."""
     if suite.searched is None:
         return
     found = hashes.get(suite.reference) or assemble(suite.recipes[suite.reference], device=pick_device()).hashes
-    if sorted(suite.searched.hashes.values()) != sorted(found.values()):
+    if list(suite.searched.hashes.values()) != list(found.values()):
         raise ComparisonError(f"the search of suite {suite.name!r} was made with other sources; search again")
 
 
