@@ -193,10 +193,11 @@ def test_normalised_advantages_are_clipped():
         torch.testing.assert_close(found, by_hand)
 
 
-def test_ppo_clip_stops_the_gradient_outside_the_trust_region():
+@pytest.mark.parametrize(("advantage", "gradient"), [(1.0, [1.0, 0.0, 0.9048374]), (-1.0, [-1.0, -1.1051709, 0.0])])
+def test_ppo_clip_stops_the_gradient_where_the_ratio_has_gone_far_enough(advantage, gradient):
     logp = torch.tensor([0.0, 0.1, -0.1], requires_grad=True)
-    clipped_surrogate(logp, torch.zeros(3), torch.ones(3), 0.05).sum().backward()
-    assert logp.grad.tolist() == pytest.approx([1.0, 0.0, 0.9048374])
+    clipped_surrogate(logp, torch.zeros(3), torch.full((3,), advantage), 0.05).sum().backward()
+    assert logp.grad.tolist() == pytest.approx(gradient)
 
 
 def test_the_anchor_pulls_towards_its_field(rng):
