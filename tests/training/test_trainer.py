@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from danceopd import exports
 from danceopd.data.examples import Example
 from danceopd.data.images import read_image_file, write_image_file
-from danceopd.data.rows import ManifestError
 from danceopd.errors import NonFiniteValue, UserError
 from danceopd.evaluation.pictures import draw, side_by_side
 from danceopd.evaluation.shapes import score_model
@@ -33,9 +32,7 @@ from danceopd.training.optimizer import learning_rate_factor
 from danceopd.training.processes import SeveralProcesses
 from danceopd.training.run_folder import RunFolder
 from danceopd.training.trainer import Trainer, load_run
-from danceopd.world import generator
 from danceopd.world.generator import GeneratedExamples
-from danceopd.world.render import render
 
 CPU = torch.device("cpu")
 
@@ -204,55 +201,6 @@ def test_check_predicts_the_calls_that_training_makes(tiny):
     assert trainer.calls.rollout == pytest.approx(2 * plan.rollout_calls, rel=0.1)
 
 
-def manifest_recipe(tiny, tmp_path, *lines):
-    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    return tiny(f"routes.0.data={{manifest: {tmp_path / 'm.jsonl'}}}")
-
-
-def test_manifests_train_like_generators(tiny, tmp_path):
-    folder = train(manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"}, {"prompt": "two squares"}))
-    assert len(folder.metrics()) == 6
-
-
-def test_a_finished_run_is_used_without_its_training_data(tiny, tmp_path):
-    recipe = manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"})
-    folder = train(recipe)
-    (tmp_path / "m.jsonl").unlink()
-    report = evaluate(folder)
-    assert "data of t2i" in report["hashes"]
-    options = {"guidance_scale": 1.0, "num_inference_steps": 1, "seed": 0, "out": tmp_path}
-    assert sample_images(folder, prompts=["a circle"], image=None, field="edit", **options)[0].exists()
-    assert export(folder, tmp_path / "out.safetensors") < 1e-3
-    assert read_safetensors(tmp_path / "out.safetensors")[1]["text"] == report["hashes"]["text encoder"]
-    with pytest.raises(ManifestError, match="not found"):
-        train(recipe, resume=True)
-    state = checkpoints(folder.checkpoints)[-1] / "state.json"
-    state.write_text(state.read_text().replace(report["hashes"]["shapes:edit"], "0" * 64))
-    with pytest.raises(RunStateError, match="so it cannot be evaluated: shapes:edit"):
-        evaluate(folder)
-    with pytest.raises(RunStateError, match="so it cannot be exported"):
-        export(folder, tmp_path / "out.safetensors")
-
-
-def test_manifest_lines_that_the_family_cannot_take_are_named_before_training(tiny, tmp_path):
-    with pytest.raises(RecipeError, match=r"line 2: .*did you mean 'circle'"):
-        assemble(manifest_recipe(tiny, tmp_path, {"prompt": "a circle"}, {"prompt": "a circel"}), device=CPU)
-    write_image_file(tmp_path / "large.png", torch.zeros(3, 64, 64))
-    lines = [{"instruction": "remove the red circle", "source": "large.png"}]
-    with pytest.raises(RecipeError, match=r"line 1: source image .*\(3, 64, 64\), needed \(3, 32, 32\)"):
-        assemble(manifest_recipe(tiny, tmp_path, *lines), device=CPU)
-    lines = [{"prompt": "a circle"}, {"prompt": "a circle", "target": "large.png"}]
-    with pytest.raises(RecipeError, match=r"line 2: family 'shapes' has images of 32 x 32, found 64 x 64"):
-        assemble(manifest_recipe(tiny, tmp_path, *lines), device=CPU)
-
-
-def test_data_states_over_a_manifest_without_targets_are_refused_before_training(tiny, tmp_path):
-    (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "a circle"}))
-    recipe = tiny(f"routes.0.data={{manifest: {tmp_path / 'm.jsonl'}}}", "method=off_policy", "query.states=data")
-    with pytest.raises(RecipeError, match=r"line 1: .*'target'"):
-        assemble(recipe, device=CPU)
-
-
 def test_scores_of_an_earlier_update_make_no_report(tiny):
     folder = train(tiny("train.steps=2"))
     evaluate(folder)
@@ -265,12 +213,6 @@ def test_scores_of_an_earlier_update_make_no_report(tiny):
 def test_a_run_that_was_moved_keeps_its_cache_beside_it(tiny, tmp_path):
     moved = train(tiny("train.steps=1")).path.rename(tmp_path / "moved")
     assert RunFolder(moved).read_recipe().output == str(moved)
-
-
-def test_a_negative_prompt_that_generated_data_cannot_have_is_refused_before_training(tiny):
-    unknown = tiny("fields.t2i={base: true, guidance_scale: 2.0, negative_prompt: ugly}")
-    with pytest.raises(RecipeError, match=r"routes\.\d: .*ugly"):
-        assemble(unknown, device=CPU)
 
 
 def test_pictures_are_drawn_a_batch_at_a_time_from_the_same_noise(tiny):
@@ -356,21 +298,6 @@ def test_infinite_latents_are_counted_although_decoding_cuts_them_to_an_image():
 def test_targets_that_the_network_lacks_are_refused(tiny):
     with pytest.raises(AdapterMismatch, match=r"named 'to_outt' \(did you mean 'to_out'\?\)"):
         assemble(tiny("student.init=base", "student.lora.targets=[to_qkv, to_outt]"), device=CPU)
-
-
-def test_a_manifest_that_changed_is_refused_on_resume(tiny, tmp_path):
-    recipe = manifest_recipe(tiny, tmp_path, {"prompt": "a red circle"})
-    train(recipe)
-    changed = manifest_recipe(tiny, tmp_path, {"prompt": "a blue circle"})
-    with pytest.raises(RunStateError, match="data of t2i"):
-        train(changed.model_copy(update={"train": changed.train.model_copy(update={"steps": 8})}), resume=True)
-
-
-def test_a_generator_that_changed_is_refused_on_resume(tiny, monkeypatch):
-    train(tiny())
-    monkeypatch.setattr(generator, "render", lambda scene: 0.5 * render(scene))
-    with pytest.raises(RunStateError, match=r"data of edit: .*data of t2i"):
-        train(tiny("train.steps=8"), resume=True)
 
 
 def test_samples_are_written_for_prompts_and_edits(tiny, tmp_path):
