@@ -87,10 +87,10 @@ def test_soft_mixing_teaches_the_average_everywhere(rng):
     for route in method.routes:
         torch.testing.assert_close(route.field.velocity(z, sigma, None), expected)
     assert [route.weight for route in method.routes] == [3, 1]
-    evenly = soft_mixing(routes=routes, grid=GRID, weights={"two": 2.0, "one": 2.0})
-    expected = (one.velocity(z, sigma) + two.velocity(z, sigma)) / 2
-    torch.testing.assert_close(evenly.routes[0].field.velocity(z, sigma, None), expected)
-    assert [route.weight for route in evenly.routes] == [3, 1]  # the samples' shares are another matter
+    own = soft_mixing(routes=routes, grid=GRID, weights={"two": 4.0, "one": 1.0})
+    expected = 0.2 * one.velocity(z, sigma) + 0.8 * two.velocity(z, sigma)
+    torch.testing.assert_close(own.routes[0].field.velocity(z, sigma, None), expected)
+    assert [route.weight for route in own.routes] == [3, 1]  # the samples' shares are another matter
     with pytest.raises(ValueError, match="a weight for each of one, two, found one"):
         soft_mixing(routes=routes, grid=GRID, weights={"one": 1.0})
 

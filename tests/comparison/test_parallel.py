@@ -85,17 +85,14 @@ def saved_every(updates):
     return TINY["recipe"] | {"train": TINY["recipe"]["train"] | {"checkpointing_steps": updates}}
 
 
-def begin(path, out, *, step=0):
-    """``danceopd compare`` in a process of its own, two of whose checkpoints are of update ``step`` or later."""
-
-    def saved():
-        return [file for file in out.rglob("checkpoints/*/state.json") if int(file.parent.name.split("-")[1]) >= step]
-
+def begin(path, out, ready):
+    """``danceopd compare`` in a process of its own, of which ``ready`` holds."""
     command = [*COMMAND, "compare", str(path), "--jobs", "2", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}  # one for each job
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
-    while len(saved()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert time.monotonic() < deadline, "nothing was saved"
     return process
 
@@ -105,7 +102,7 @@ def begin(path, out, *, step=0):
 def test_a_stopped_comparison_leaves_no_process_and_whole_checkpoints(tmp_path, number, times, code):
     methods = {"danceopd": {}, "joint": {"method": "joint"}, "next": {"train.learning_rate": 1e-4}}
     path = write(tmp_path, compute=None, updates=UPDATES, recipe=saved_every(1), methods=methods)
-    process = begin(path, tmp_path / "out")
+    process = begin(path, tmp_path / "out", lambda: len(list(tmp_path.rglob("checkpoints/step-*/state.json"))) >= 2)
     children = descendants(process.pid)
     assert len(children) >= 2
     for _ in range(times):  # a second one, of who is impatient, must not let the others go on
@@ -124,16 +121,29 @@ def test_a_stopped_comparison_leaves_no_process_and_whole_checkpoints(tmp_path, 
     assert not [file for file in saved if file.parent.name == f"step-{UPDATES:06d}"]  # nor was more trained
 
 
-def test_a_comparison_that_was_killed_between_checkpoints_ends_as_an_uninterrupted_one(tmp_path):
-    methods = {"danceopd": {}, "joint": {"method": "joint"}}
-    path = write(tmp_path, compute=None, updates=30, recipe=saved_every(8), methods=methods)
-    process = begin(path, tmp_path / "cut", step=16)
-    process.kill()
+def unsaved(out):
+    """Updates that a run has made beyond its newest checkpoint, at most."""
+    behind = [0]
+    for metrics in out.rglob("metrics.jsonl"):
+        saved = [int(folder.name.split("-")[1]) for folder in metrics.parent.glob("checkpoints/step-*")]
+        if saved and max(saved) > 0:
+            behind.append(len(metrics.read_text().splitlines()) - max(saved))
+    return max(behind)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_a_comparison_whose_power_was_cut_between_checkpoints_ends_as_an_uninterrupted_one(tmp_path):
+    methods, out = {"danceopd": {}, "joint": {"method": "joint"}}, tmp_path / "cut"
+    path = write(tmp_path, compute=None, updates=40, recipe=saved_every(12), methods=methods)
+    process = begin(path, out, lambda: unsaved(out) >= 3)
+    for number in [process.pid, *descendants(process.pid)]:
+        os.kill(number, signal.SIGKILL)
     process.communicate(timeout=120)
-    cut = tmp_path / "cut" / "tiny" / "comparison.json"
+    assert unsaved(out) >= 3  # nobody had the time to save
+    cut = out / "tiny" / "comparison.json"
     assert not cut.exists()
-    command = [*COMMAND, "compare", str(path), "--out", str(tmp_path / "cut"), "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a job's share of two cores
+    command = [*COMMAND, "compare", str(path), "--out", str(out), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

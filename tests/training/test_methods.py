@@ -143,9 +143,9 @@ SHIFTED = [shifted_grid(steps=steps, shift=3.0).sigmas.tolist() for steps in (4,
             (0.7, 0.4),
         ),
         (
-            [*settings("soft_mixing"), "routes.0.weight=3", "soft_mixing={weights: {edit: 2, t2i: 2}}"],
+            [*settings("soft_mixing"), "routes.0.weight=3", "soft_mixing={weights: {edit: 3, t2i: 1}}"],
             lambda m: [route.field.weights for route in m.routes],
-            [(0.5, 0.5), (0.5, 0.5)],
+            [(0.25, 0.75), (0.25, 0.75)],
         ),
         ([*settings("diffusion_opd"), "diffusion_opd.eta=0.5"], lambda m: (m.form, m.eta), ("sde", 0.5)),
         (

@@ -15,8 +15,8 @@ def soft_mixing(*, routes: Sequence[Route], weights: Mapping[str, float] | None 
 
     Every field is given the sample's full condition, source image included.
 
-    weights: of the average, by route name; by default the routes' own, so that a sample is taught by the mean of what
-    hard routing would draw for it. options: those of ``DanceOPD``.
+    weights: of the average, by route name; by default the routes' own, which are also their shares of the samples.
+    options: those of ``DanceOPD``.
 
     Raises:
         ValueError: for weights that are not one positive number for each route.

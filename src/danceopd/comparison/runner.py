@@ -82,7 +82,7 @@ def run_suite(
 
 
 def _require_searched_with(suite: Suite, hashes: dict[str, dict[str, str]]) -> None:
-    """The search has the hashes of its reference's recipe in their order; the files' names are those of where it was."""
+    """The search has the hashes of its reference's recipe, in their order; its names are those of where it was made."""
     if suite.searched is None:
         return
     found = hashes.get(suite.reference) or assemble(suite.recipes[suite.reference], device=pick_device()).hashes
