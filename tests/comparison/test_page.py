@@ -99,7 +99,7 @@ def test_the_page_states_the_json_and_nothing_else(tmp_path):
     assert "A part of the suite: seeds 0 to 1 of 5." in text
     assert "| inconclusive (detectable: 0.029) |" in text
     assert "| **danceopd** | 10 | 1,200 | 1,234 | 3 | 0.800 (0.78 to 0.82) | 0.89 (0.87 to 0.91) |  | 5.347 |" in text
-    assert "| danceopd | query.band mid |" in text
+    assert "| danceopd | query.band: mid |" in text
     assert "so that better ones may lie beyond: danceopd: rate 0.5 is the highest." in text
     assert html(synthetic()).count("data:image/png;base64,") == 2  # no plane of one capability
     stored = page.with_suffix(".json")

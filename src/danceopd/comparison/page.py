@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from danceopd.comparison import claims
@@ -67,11 +69,13 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _as_yaml(settings: dict[str, Any]) -> str:
+    """Settings on one line, as a suite or ``--set`` takes them."""
+    return yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+
+
 def _search_table(searched: dict[str, Any]) -> Table:
-    rows = [
-        [name, ", ".join(f"{key} {value}" for key, value in chosen.items())]
-        for name, chosen in searched["chosen"].items()
-    ]
+    rows = [[name, _as_yaml(chosen)] for name, chosen in searched["chosen"].items()]
     view = "compute" if searched["updates"] is None else "updates"
     final = searched.get(f"final_{view}")  # pages of older searches have none
     further = "" if final is None else f", the better half of them of {final:,.0f}"
