@@ -139,7 +139,7 @@ def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):
         compare(path, out=tmp_path / "compared", seeds=8)
     page = compare(path, out=tmp_path / "compared", only=["danceopd"])
     band = content["methods"]["danceopd"]["chosen"]["query.band"]
-    assert f"| danceopd | query.band {band} |" in page.with_suffix(".md").read_text()
+    assert f"| danceopd | query.band: {band} |" in page.with_suffix(".md").read_text()
 
     content["hashes"]["shapes:edit"] = "0" * 64
     found.write_text(json.dumps(content))
