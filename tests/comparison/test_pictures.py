@@ -44,10 +44,9 @@ def test_scores_stand_at_their_compute_with_their_intervals(content, figures):
         assert untrained == {"weight_merge", "even_merge"}
         for name, container in shown.items():
             told = sorted(content["curve"][name], key=lambda point: point["compute"])
-            np.testing.assert_allclose(
-                points(container)[:, 0], [point["compute"] for point in told], rtol=0.05
-            )  # drawn apart
-            np.testing.assert_allclose(points(container)[:, 1], [point[capability]["value"] for point in told])
+            drawn, compute = points(container), [point["compute"] for point in told]
+            np.testing.assert_allclose(drawn[:, 0], compute, rtol=0.05)  # methods at one compute are drawn apart
+            np.testing.assert_allclose(drawn[:, 1], [point[capability]["value"] for point in told])
             ends = [[point[capability][end] for end in ("low", "high")] for point in told]
             np.testing.assert_allclose(spans(container), ends)
 

@@ -21,7 +21,7 @@ def told(router, *updates):
     return router
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -78,25 +78,25 @@ def test_every_samples_marginal_is_its_routes_share(router, weights, shares, dra
         for name, weight in zip("ab", weights, strict=True)
     ]
     method = d.DanceOPD(routes=routes, grid=GRID, router=router, **drawing)
-    close(method.shares, shares)
+    assert_close(method.shares, shares)
     drawn = torch.stack([method.draw_routes(6, rng) for _ in range(2000)])
     torch.testing.assert_close((drawn == 1).double().mean(0), method.shares[1].expand(6), atol=0.045, rtol=0)
 
 
 def test_gap_shares_follow_the_average_losses_in_closed_form():
     router = d.GapRouter(floor=0.1, power=0.5, decay=0.5)
-    close(told(router, [4.0, NEVER]).shares(WEIGHTS), [0.25, 0.75])  # not all seen: the weights
+    assert_close(told(router, [4.0, NEVER]).shares(WEIGHTS), [0.25, 0.75])  # not all seen: the weights
     told(router, [2.0, 1.0], [NEVER, 3.0])  # averages 3 and 2
     drawn = torch.tensor([1 * 3**0.5, 3 * 2**0.5], dtype=torch.float64)
-    close(router.shares(WEIGHTS), 0.1 + 0.8 * drawn / drawn.sum())
+    assert_close(router.shares(WEIGHTS), 0.1 + 0.8 * drawn / drawn.sum())
 
 
 def test_no_route_starves_and_none_is_favoured_where_there_is_no_gap():
     closed = told(d.GapRouter(floor=0.05), [0.0, 5.0])  # a student that starts from the first route's source
-    close(closed.shares(WEIGHTS), [0.05, 0.95])
+    assert_close(closed.shares(WEIGHTS), [0.05, 0.95])
     tiny = told(d.GapRouter(floor=0.05, power=4.0), [1e-6, 5.0, 1.0])
     assert float(tiny.shares(torch.ones(3).double()).min()) >= 0.05
-    close(told(d.GapRouter(), [0.0, 0.0]).shares(WEIGHTS), [0.25, 0.75])
+    assert_close(told(d.GapRouter(), [0.0, 0.0]).shares(WEIGHTS), [0.25, 0.75])
 
 
 def test_a_curriculum_goes_from_the_weights_to_its_end_and_stays():
@@ -113,7 +113,7 @@ def test_the_objectives_weights_are_the_shares_unless_it_is_reweighted(reweight,
     student, objective = Constant(4.0), 0.25 * 6 + 0.75 * 4
     expected = objective if reweight else 0.75 * 6 + 0.25 * 4
     even = two_constants(router, stratified=True)
-    close(even.shares, [0.75, 0.25])
+    assert_close(even.shares, [0.75, 0.25])
     assert gradient(even, student, batch_size=8, generator=rng) == pytest.approx(expected, rel=1e-6)
     apart = two_constants(router, per="step")
     of_route = [
@@ -131,7 +131,7 @@ def test_reweighting_leaves_the_losses_that_it_goes_by_alone(rng):
     assert {name: float(route.loss) for name, route in result.routes.items()} == {"one": 9.0, "two": 4.0}
     assert sum(parts) == pytest.approx(float(result.loss)) == pytest.approx(0.25 * 9 + 0.75 * 4)
     method.observe([result])
-    close(router.averages, [9.0, 4.0])
+    assert_close(router.averages, [9.0, 4.0])
 
 
 def test_parts_of_an_update_count_by_their_samples(rng):
@@ -154,8 +154,8 @@ def test_a_router_is_told_each_routes_mean_over_all_parts_of_an_update(rng):
     for name in ("near", "far"):
         parts = [result.routes[name] for result in results if name in result.routes]
         means.append(sum(float(p.loss.detach()) * p.samples for p in parts) / sum(p.samples for p in parts))
-    close(router.averages, means)
-    close(method.shares, [0.1 + 0.8 * mean / sum(means) for mean in means])
+    assert_close(router.averages, means)
+    assert_close(method.shares, [0.1 + 0.8 * mean / sum(means) for mean in means])
     assert method.shares[1] > 0.5
 
 

@@ -70,7 +70,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _as_yaml(settings: dict[str, Any]) -> str:
-    """Settings on one line, as a suite or ``--set`` takes them."""
+    """Settings on one line, as a suite's method takes them, without the braces."""
     return yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
 
 
