@@ -28,9 +28,8 @@ class DiffusionOPD(Method):
         (2 s^2); see ``distill.sde``.
     eta: noise of the stochastic form.
 
-    Every update holds all routes, each its exact share up to rounding (teachers round-robin with one update per
-    cycle, G = M). No
-    gradient flows from one state to the next; the pass that trains a state is also the one that leaves it.
+    Every update holds all routes, each its exact share up to rounding (teachers round-robin with one update per cycle,
+    G = M). No gradient flows from one state to the next; the pass that trains a state is also the one that leaves it.
 
     Raises:
         ValueError: for another form or routing.
