@@ -1,4 +1,4 @@
-"""The objective's weights by step."""
+"""The objective's weights by step: closed forms."""
 
 import pytest
 import torch
