@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from danceopd.comparison import runner
@@ -14,6 +15,7 @@ from danceopd.comparison.page import markdown
 from danceopd.comparison.results import Point, Results
 from danceopd.comparison.search_file import FINALS, RULE
 from danceopd.comparison.suite import load_suite
+from danceopd.training.assemble import assemble
 
 RESULTS, SUITES = Path(__file__).parents[2] / "docs" / "results", Path(__file__).parents[2] / "suites"
 OTHER_JSON = {"world.json", "world_rebuilt.json", "memory.json"}
@@ -54,20 +56,11 @@ def test_all_raw_scores_are_of_a_published_suite():
     assert {folder.name for folder in (RESULTS / "trained").iterdir() if folder.is_dir()} == known
 
 
-def _results(suite, summary):
-    """The results that were summarised, from the committed raw scores; the lengths of the runs are the suite's."""
-    entries = summary["measures"]["scores"]["views"]
-    assert list(entries) == list(suite.views)
-    lengths = {method: {view: entries[view][method]["updates"] for view in entries} for method in suite.recipes}
-    trained = {method: recipe.train.steps > 0 for method, recipe in suite.recipes.items()}
-    if suite.updates is not None:
-        assert {method: found["updates"] for method, found in lengths.items()} == {
-            method: suite.updates * trained[method] for method in trained
-        }
-    for method, entry in entries.get("compute", {}).items():
-        spent, one_update = entry["expected_compute"], entry["expected_compute"] / max(1, entry["updates"])
-        assert 0 <= suite.compute - spent < one_update if trained[method] else spent == 0
-    further = {method: suite.points if trained[method] else () for method in trained}
+def _results(suite):
+    """What was summarised: the committed raw scores, at the lengths and for the compute that the suite gives."""
+    methods = {name: assemble(recipe, device=torch.device("cpu")) for name, recipe in suite.recipes.items()}
+    lengths = {name: runner.comparison_updates(suite, name, method) for name, method in methods.items()}
+    further = {name: suite.points if recipe.train.steps else () for name, recipe in suite.recipes.items()}
 
     def point(method, updates, seed):
         folder, taken = suite.run_folder(method, seed=seed, root=RESULTS / "trained"), {}
@@ -89,7 +82,7 @@ def _results(suite, summary):
         },
         views=lengths,
         sources=json.loads(runner._sources_file(suite, RESULTS / "trained").read_text())["scores"],
-        expected={method: {view: entries[view][method]["expected_compute"] for view in entries} for method in trained},
+        expected={name: runner.expected_compute(lengths[name], method) for name, method in methods.items()},
     )
 
 
@@ -104,6 +97,23 @@ def _leaves(content, path=""):
     return numbers, others
 
 
+def _estimates(content, path=""):
+    """Where nested JSON, or what says so of it, has intervals."""
+    if content is None or (isinstance(content, dict) and {"value", "low", "high"} <= content.keys()):
+        return {path}
+    parts = content.items() if isinstance(content, dict) else ()
+    return {found for key, value in parts for found in _estimates(value, f"{path}/{key}")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_claims_may_be_about_every_interval_of_a_method_and_nothing_else(name):
+    suite, kept = load_suite(SUITES / f"{name}.yaml"), read_comparison(RESULTS / f"{name}.json")["measures"]
+    for measure, content in kept.items():
+        told = MEASURES[measure].estimates(suite)
+        assert _estimates(told)
+        assert _estimates({part: content[part] for part in told}) == _estimates(told)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_committed_result_is_of_its_suite_as_it_is(name):
     summary, suite = read_comparison(RESULTS / f"{name}.json"), load_suite(SUITES / f"{name}.yaml")
@@ -113,7 +123,7 @@ def test_every_committed_result_is_of_its_suite_as_it_is(name):
     assert summary["seeds"] == len(suite.seeds)
     assert summary["scenes_per_task"] == suite.recipes[suite.reference].evaluate.scenes_per_task
     assert list(summary["measures"]) == list(measured(suite))
-    results, kept = _results(suite, summary), summary["measures"]
+    results, kept = _results(suite), summary["measures"]
     again = kept | {name: MEASURES[name].measure(suite, results) for name in AGAIN & kept.keys()}
     numbers, others = _leaves({"measures": again, "claims": settle(suite, results, again)})
     numbers_kept, others_kept = _leaves({"measures": kept, "claims": summary["claims"]})

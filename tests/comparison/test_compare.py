@@ -265,6 +265,7 @@ def test_unknown_methods_poor_budgets_and_claims_about_nothing_are_refused(tmp_p
         compare(write(tmp_path), out=tmp_path / "out", only=["nobody"])
     with pytest.raises(SuiteError, match=r"method 'danceopd' needs .*the budget of 13 does not pay for one"):
         compare(write(tmp_path, compute=13.0), out=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("metrics.jsonl"))
     nowhere = {**CLAIMS[2], "at": "views/updates/danceopd/edit/of_best_sauce"}
     with pytest.raises(SuiteError, match=r"no 'of_best_sauce' there; it has overall"):
         compare(write(tmp_path, claims=[nowhere]), out=tmp_path / "new")

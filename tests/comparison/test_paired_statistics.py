@@ -5,11 +5,12 @@ from scipy.stats import t as student_t
 from danceopd.comparison.statistics import gap_closed, mean_over_seeds, paired_difference, paired_ratio, standard_error
 
 
-def draw(rng, effect=0.0, seeds=5, seed_deviation=0.0, tasks=6, n=50):
-    """Paired scores, one side better by ``effect``: scenes differ in difficulty, seeds in how much better it is."""
+def draw(rng, effect=0.0, seeds=5, seed_deviation=0.0, scene_deviation=0.0, tasks=6, n=50):
+    """Paired scores, one side better by ``effect``, how much by seed and by scene; scenes differ in difficulty too."""
     difficulty = rng.uniform(0.2, 0.6, (1, tasks, n))
     one, two = difficulty + 0.25 * rng.standard_normal((2, seeds, tasks, n))
-    return one, two + effect + seed_deviation * rng.standard_normal((seeds, 1, 1))
+    by_scene = scene_deviation * rng.standard_normal((1, tasks, n))
+    return one, two + effect + seed_deviation * rng.standard_normal((seeds, 1, 1)) + by_scene
 
 
 def test_equal_methods_have_difference_zero_and_no_spread():
@@ -19,23 +20,25 @@ def test_equal_methods_have_difference_zero_and_no_spread():
 
 
 @pytest.mark.parametrize(("seeds", "least"), [(3, 0.90), (5, 0.93)])
-@pytest.mark.parametrize("seed_deviation", [0.0, 0.02, 0.1])
-def test_a_true_difference_lies_in_nineteen_of_twenty_intervals(seeds, least, seed_deviation):
+@pytest.mark.parametrize(("seed_deviation", "scene_deviation"), [(0.0, 0.0), (0.02, 0.1), (0.0, 0.3), (0.1, 0.0)])
+def test_a_true_difference_lies_in_nineteen_of_twenty_intervals(seeds, least, seed_deviation, scene_deviation):
     """Whether the seeds, the scenes or the noise of single scores make most of the variance."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(800):
-        one, two = draw(rng, 0.2, seeds, seed_deviation)
+        one, two = draw(rng, 0.2, seeds, seed_deviation, scene_deviation)
         difference = paired_difference(two, one)
         covered += difference.low <= 0.2 <= difference.high
     assert least <= covered / 800 <= 0.98
 
 
-@pytest.mark.parametrize(("seed_deviation", "most"), [(0.0, 1.15), (0.05, 1.05)])
-def test_the_standard_error_is_that_of_repetitions(seed_deviation, most):
+@pytest.mark.parametrize(
+    ("seed_deviation", "scene_deviation", "most"), [(0.0, 0.0, 1.15), (0.05, 0.0, 1.05), (0.02, 0.3, 1.05)]
+)
+def test_the_standard_error_is_that_of_repetitions(seed_deviation, scene_deviation, most):
     """Where seeds do not differ it is a little larger, for a variance of theirs below 0 counts as 0."""
     rng = np.random.default_rng(0)
-    differences = [draw(rng, 0.0, 5, seed_deviation) for _ in range(1500)]
+    differences = [draw(rng, 0.0, 5, seed_deviation, scene_deviation) for _ in range(1500)]
     true = np.std([(two - one).mean() for one, two in differences])
     found = np.sqrt(np.mean([standard_error(two - one)[0] ** 2 for one, two in differences]))
     assert 0.95 <= found / true <= most

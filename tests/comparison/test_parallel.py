@@ -1,5 +1,6 @@
 """Several runs of a suite at a time: the same results, and no process is left behind."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +25,12 @@ def doubled(item):
     return f"{item} on {torch.get_num_threads()}"
 
 
+def doubled_or_never(item):
+    while item == 4:  # until somebody ends it
+        time.sleep(0.1)
+    return doubled(item)
+
+
 def test_each_process_has_its_share_of_the_threads_and_all_is_reported():
     before, lines = torch.get_num_threads(), []
     torch.set_num_threads(4)
@@ -37,7 +44,8 @@ def test_each_process_has_its_share_of_the_threads_and_all_is_reported():
 
 def test_the_first_error_ends_all():
     with pytest.raises(ComparisonError, match="three"):
-        in_parallel(doubled, [3, 4], 2, print)
+        in_parallel(doubled_or_never, [3, 4], 2, print)
+    assert not multiprocessing.active_children()
 
 
 def killed_run(work, run):

@@ -160,6 +160,32 @@ def test_a_search_is_run_once_resumed_and_applied(tmp_path, monkeypatch):
             load_suite(path)
 
 
+def test_a_value_more_in_a_grid_trains_nothing_that_was_tried_again(tmp_path, monkeypatch):
+    grid = {"danceopd": {"query.band": ["low_noise", "mid_noise"]}, "joint": {"joint.sigma_mean": [0.0, 0.8]}}
+    methods = {name: TINY["methods"][name] for name in grid}
+    search(write(tmp_path, search=SEARCH | {"grid": grid}, compute=None, methods=methods), out=tmp_path / "searched")
+    more = {"danceopd": ["high_noise", "low_noise", "mid_noise"], "joint": [-0.8, 0.0, 0.8]}
+    longer = {name: dict.fromkeys(grid[name], values) for name, values in more.items()}
+    trained, update = [], Trainer.update
+
+    def counted(trainer):
+        trained.append(trainer.assembly.recipe)
+        return update(trainer)
+
+    monkeypatch.setattr(Trainer, "update", counted)
+    path = write(tmp_path, search=SEARCH | {"grid": longer}, compute=None, methods=methods)
+    search(path, out=tmp_path / "searched", resume=True)
+    assert [recipe.method for recipe in trained] == ["danceopd", "joint"]
+    assert trained[0].query.band == "high_noise"
+
+
+def test_trials_that_are_one_recipe_are_refused(tmp_path):
+    twice = SEARCH["grid"] | {"danceopd": {"query": [{"band": "low_noise"}, {"band": "low_noise", "per_rollout": 1}]}}
+    with pytest.raises(SuiteError, match=r"search.grid.danceopd: trials danceopd-0 and danceopd-1 are the same recipe"):
+        search(write(tmp_path, search=SEARCH | {"grid": twice}, compute=None), out=tmp_path / "searched")
+    assert not (tmp_path / "searched").exists()
+
+
 def _chosen(content, method):
     return content["methods"][method]["chosen"]
 

@@ -73,6 +73,8 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"points": [0]}, "updates are at least 1"),
         ({"methods": {"danceopd": {"method": "danseopd"}}}, "did you mean 'danceopd'"),
         ({"methods": {"danceopd": {}, "x": {"evaluate.seed": 3}}}, "do not share 'evaluate'"),
+        ({"methods": {"danceopd": {}, "x": {"base": "shapes:realism"}}}, "do not share 'base'"),
+        ({"methods": {"danceopd": {}, "x": {"family": "sd3"}}}, "do not share 'family'"),
         ({"methods": {"danceopd": {}, "x": {"fields.edit": {"lora": "shapes:local"}}}}, "do not share their sources"),
         ({"methods": {"danceopd": {}, "x": {"routes.0.data.seed": 3}}}, "do not share their training data"),
         ({"methods": {"danceopd": {}, "x": {"routes.0.data.size": 9}}}, "do not share their training data"),

@@ -5,7 +5,6 @@ import torch
 from closed_forms import GaussianField
 
 import danceopd as d
-from danceopd.distill.objective import VelocityMSE
 from danceopd.distill.sde import divergence_weights, sde_step
 
 FIELD = GaussianField(mean=0.6, std=0.5)
@@ -38,15 +37,20 @@ def test_one_step_is_euler_plus_langevin_with_the_exact_score(sigma, rng):
 
 
 def final_moments(steps, eta, start=0.9, end=0.2):
-    """Mean and variance at ``end`` of the SDE started on the exact marginal at ``start``, carried in closed form."""
+    """Mean and variance at ``end`` of the SDE started on the exact marginal at ``start``, carried in closed form.
+
+    eta 0 is the deterministic rollout.
+    """
     sigmas = torch.linspace(start, end, steps + 1, dtype=torch.float64)
     mean, variance = (1 - start) * FIELD.mean, (1 - start) ** 2 * FIELD.std**2 + start**2
     for here, there in pairwise(sigmas):
-        move = sde_step(here[None], there[None], eta)
+        keep, gain, std = 1.0, float(there - here), 0.0
+        if eta:
+            move = sde_step(here[None], there[None], eta)
+            keep, gain, std = (float(x) for x in (move.state_factor, move.velocity_factor, move.std))
         slope, offset = linear(float(here))
-        factor = float(move.state_factor + move.velocity_factor * slope)
-        mean = factor * mean + float(move.velocity_factor) * offset
-        variance = factor**2 * variance + float(move.std) ** 2
+        mean = (keep + gain * slope) * mean + gain * offset
+        variance = (keep + gain * slope) ** 2 * variance + std**2
     return mean, variance
 
 
@@ -57,6 +61,13 @@ def test_marginals_converge_to_the_flows_as_steps_grow():
     for coarse, fine in pairwise(errors[1:]):
         assert 3.7 < coarse / fine < 4.4  # first order: four times the steps, a fourth of the error
     assert final_moments(8, 1.5)[0] == pytest.approx(exact[0])  # the mean is carried exactly
+
+
+def test_sixteen_steps_keep_neither_the_flows_marginals_nor_the_deterministic_rollouts():
+    """From pure noise at Flow-OPD's eta, where the first step takes s at the next sigma."""
+    stochastic, deterministic = (final_moments(16, eta, start=1.0, end=0.0)[1] for eta in (0.7, 0.0))
+    assert abs(stochastic - FIELD.std**2) > 0.03 * FIELD.std**2
+    assert abs(stochastic - deterministic) > 0.1 * FIELD.std**2
 
 
 def test_small_eta_is_the_deterministic_step(rng):
@@ -86,11 +97,3 @@ def test_at_pure_noise_s_is_taken_at_the_next_sigma():
         sde_step(at(1.0), at(0.0), 0.7)
     with pytest.raises(ValueError, match="eta > 0"):
         sde_step(at(0.5), at(0.4), 0.0)
-
-
-def test_objective_weights_come_from_the_same_equation():
-    grid, band = d.shifted_grid(steps=16, shift=3.0), d.BetaQuery()
-    raw = divergence_weights(grid, 0.7)
-    torch.testing.assert_close(
-        VelocityMSE("kl").step_weights(grid, band), (raw / (raw * band.step_probabilities(grid)).sum()).float()
-    )

@@ -153,10 +153,8 @@ class FlowOPD(Method):
         if to_go is not None:
             # The score is of the whole state: the mean over elements times their number.
             loss = loss + to_go[j] * z[0].numel() * move.log_probability(arrived, mean)
-        if self.anchor is not None:
-            held, more = self._anchor_cost(self.anchor, batch, z, j, move, mean)
-            loss, field_calls = loss + held, field_calls + more
-        return loss, arrived, NetworkCalls(field=field_calls, train=len(z))
+        held, more = self._anchor_cost(batch, z, j, move, mean)
+        return loss + held, arrived, NetworkCalls(field=field_calls + more, train=len(z))
 
     def _policies(
         self, student: nn.Module, batch: RoutedBatch, z: Tensor, j: int
@@ -168,12 +166,14 @@ class FlowOPD(Method):
         return move, move.mean(z, student(z, here, batch.condition)), move.mean(z, target), field_calls
 
     def _anchor_cost(
-        self, anchor: VelocityField, batch: RoutedBatch, z: Tensor, j: int, move: SDEStep, mean: Tensor
-    ) -> tuple[Tensor, int]:
-        """The weighted KL of step j's policy to the anchor's [B], and the anchor's calls."""
+        self, batch: RoutedBatch, z: Tensor, j: int, move: SDEStep, mean: Tensor
+    ) -> tuple[Tensor | float, int]:
+        """The weighted KL of step j's policy to the anchor's [B], and the anchor's calls; 0 without an anchor."""
+        if self.anchor is None:
+            return 0.0, 0
         sigma = batch.grid.sigmas[j].to(z.device).expand(len(z))
-        anchored = move.mean(z, anchor.velocity(z, sigma, batch.condition))
-        return self.anchor_weight * move.divergence(mean, anchored), len(z) * anchor.calls_per_velocity
+        anchored = move.mean(z, self.anchor.velocity(z, sigma, batch.condition))
+        return self.anchor_weight * move.divergence(mean, anchored), len(z) * self.anchor.calls_per_velocity
 
     @torch.no_grad()
     def _costs_to_go(self, student: nn.Module, batch: RoutedBatch, noises: Tensor) -> tuple[Tensor, NetworkCalls]:
@@ -181,12 +181,10 @@ class FlowOPD(Method):
         z, costs, calls = noises[0], [], NetworkCalls()
         for j in range(batch.grid.steps):
             move, mean, aim, field_calls = self._policies(student, batch, z, j)
-            costs.append(_step_size(batch.grid, j) * move.divergence(mean, aim))
-            if self.anchor is not None:
-                held, more = self._anchor_cost(self.anchor, batch, z, j, move, mean)
-                costs[-1], field_calls = costs[-1] + held, field_calls + more
+            held, more = self._anchor_cost(batch, z, j, move, mean)
+            costs.append(_step_size(batch.grid, j) * move.divergence(mean, aim) + held)
             z = mean + per_sample(move.std, z) * noises[j + 1]
-            calls += NetworkCalls(rollout=len(z), field=field_calls)
+            calls += NetworkCalls(rollout=len(z), field=field_calls + more)
         stacked = torch.stack(costs)
         return stacked.flip(0).cumsum(0).flip(0) - stacked, calls
 

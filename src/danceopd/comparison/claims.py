@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from danceopd.comparison.results import GROUPS, Results
+from danceopd.comparison.measures import MEASURES
+from danceopd.comparison.results import Results
 from danceopd.comparison.statistics import Effect, as_json, paired_difference, paired_ratio
 from danceopd.comparison.suite import Suite, SuiteError
 from danceopd.comparison.suite_file import ClaimPart
@@ -26,14 +27,16 @@ def verdict(
 
 
 def require_values(suite: Suite) -> None:
-    """Refuse a claim whose ``at`` leads to none of the values that the suite will have, before anything is trained.
+    """Refuse a claim whose ``at`` leads to none of the estimates that the suite will have, before anything is trained.
 
     Raises:
         SuiteError: naming the claim, and what there is.
     """
     for claim in suite.claims:
-        here: Any = _values(suite)[str(claim.measure)] if claim.measure is not None else None
-        for part in str(claim.at).split("/") if claim.measure is not None else ():
+        if claim.measure is None:
+            continue
+        here: Any = MEASURES[claim.measure].estimates(suite)
+        for part in str(claim.at).split("/"):
             if not isinstance(here, dict) or part not in here:
                 known = ", ".join(here) if isinstance(here, dict) else "nothing below"
                 raise SuiteError(f"suite {suite.name!r}, claim at {claim.at!r}: no {part!r} there; it has {known}")
@@ -42,40 +45,6 @@ def require_values(suite: Suite) -> None:
             raise SuiteError(
                 f"suite {suite.name!r}, claim at {claim.at!r}: this is no estimate; it has {', '.join(here)}"
             )
-
-
-def _values(suite: Suite) -> dict[str, Any]:
-    """Where the measures' JSON has estimates that a claim may be about; None stands for one."""
-    scales = [] if suite.measures.guidance is None else [f"{scale:g}" for scale in suite.measures.guidance.scales]
-
-    def scores(method: str) -> dict[str, Any]:
-        kinds = ["overall", "of_best_source", *(["minus_reference"] if method != suite.reference else [])]
-        return {
-            capability: dict.fromkeys(kinds) | {"tasks": dict.fromkeys(GROUPS[capability][1])}
-            for capability in suite.capabilities
-        }
-
-    def guidance(method: str) -> dict[str, Any]:
-        recipe = suite.recipes[method]
-        guided = recipe.fields[recipe.routes[0].field].guidance_scale != 1.0
-        kinds = ("guidance", "over_product", "over_absorbed", "score")
-        return {
-            "empty": None,
-            "scales": {scale: dict.fromkeys(kinds) for scale in scales},
-            **({"teacher": dict.fromkeys(("score", "student_minus_teacher"))} if guided else {}),
-        }
-
-    def exposure(method: str) -> dict[str, Any]:
-        kinds = ("own", "data", "own_over_data")
-        return {route.name or route.field: dict.fromkeys(kinds) for route in suite.recipes[method].routes}
-
-    realism = dict.fromkeys(("reward", "gap_closed"))
-    return {
-        "scores": {"views": {view: {method: scores(method) for method in suite.recipes} for view in suite.views}},
-        "guidance": {"methods": {method: guidance(method) for method in suite.recipes}},
-        "exposure": {"methods": {method: exposure(method) for method in suite.recipes}},
-        "realism": {"methods": dict.fromkeys(suite.recipes, realism)},
-    }
 
 
 def settle(suite: Suite, results: Results, measures: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,9 +88,7 @@ def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
     least, most = claim.between or (claim.at_least or 0.0, math.inf)
     found = stated(claim)
     estimate = _at(measures[str(claim.measure)], str(claim.at))
-    if estimate is None:
-        return found | {"estimate": None, "relative": None, "verdict": None}
-    low, high = estimate["low"], estimate["high"]
+    low, high = (None, None) if estimate is None else (estimate["low"], estimate["high"])
     if low is None or high is None:
         return found | {"estimate": None, "relative": None, "verdict": None}
     return found | {
@@ -154,7 +121,8 @@ def table(claims: list[dict[str, Any]]) -> Table:
     note = (
         "By the 95 % interval: reproduced (a claim that is not the paper's: holds) where all of it lies in the claimed "
         "range, not reproduced (does not hold) where all of it lies outside, else inconclusive, with the smallest "
-        "effect that would be found with 80 % power."
+        "effect that would be found with 80 % power. Whether a method leads is a matter of the difference's sign, "
+        "whatever the size that the paper reports; the relative one beside it decides nothing."
     )
     return Table("Verdicts", ("claim", "paper", "measured", "holds if", "verdict"), rows, note)
 

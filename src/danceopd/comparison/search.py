@@ -92,15 +92,14 @@ def _trial_names(tried: dict[str, Tried]) -> list[str]:
 def _trial_suite(path: Path, content: SuiteFile, part: SearchPart, suite: Suite, tried: dict[str, Tried]) -> Suite:
     """The suite with every trial as a method, on the search's own seeds and scenes."""
     scenes = {"seed": part.scenes_seed, "scenes_per_task": part.scenes_per_task}
-    recipes = {}
+    recipes, kept_as = {}, {}
     for method, trials in tried.items():
         for index, settings in trials.items():
-            recipe = method_recipe(path, content, method, settings)
-            recipes[_trial_name(method, index)] = recipe.model_copy(
-                update={"evaluate": recipe.evaluate.model_copy(update=scenes)}
-            )
+            recipe, name = method_recipe(path, content, method, settings), _trial_name(method, index)
+            recipes[name] = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=scenes)})
+            kept_as[name] = method  # whatever its place in the grid
     require_shared(path, recipes)
-    return replace(
+    searching = replace(
         suite,
         seeds=part.seeds,
         reference=next(iter(recipes)),
@@ -109,7 +108,14 @@ def _trial_suite(path: Path, content: SuiteFile, part: SearchPart, suite: Suite,
         capabilities=part.capabilities,
         measures=MeasuresPart(),
         claims=(),
+        kept_as=kept_as,
     )
+    kept: dict[str, str] = {}
+    for name, method in kept_as.items():
+        same = kept.setdefault(f"{method}-{searching.fingerprint(name)}", name)
+        if same != name:
+            raise SuiteError(f"{path}: search.grid.{method}: trials {same} and {name} are the same recipe")
+    return searching
 
 
 def _trials(results: Results, tried: dict[str, Tried], capabilities: tuple[str, ...]) -> dict[str, tuple[Trial, ...]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ class SuiteError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, validated. recipes: by method, with what the search chose; searched: where that came from."""
+    """A suite, validated. recipes: by method, with what the search chose; searched: where that came from.
+
+    kept_as: the names under which runs are kept, of methods that are trials of another.
+    """
 
     name: str
     title: str
@@ -50,6 +54,7 @@ class Suite:
     paper: PaperPart | None
     search: SearchPart | None
     searched: SearchFile | None
+    kept_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -65,7 +70,7 @@ class Suite:
 
     def run_folder(self, method: str, *, seed: int, root: Path) -> Path:
         """Where a run is kept: by what it is trained with, so that changed settings find no old run."""
-        return root / f"{method}-{self.fingerprint(method)}" / f"seed-{seed}"
+        return root / f"{self.kept_as.get(method, method)}-{self.fingerprint(method)}" / f"seed-{seed}"
 
     def run_recipe(self, method: str, *, seed: int, updates: int, root: Path) -> Recipe:
         """The recipe of one run, trained as far as ``updates``."""
@@ -152,27 +157,33 @@ def load_suite(path: Path, *, with_search: bool = True) -> Suite:
     )
 
 
-def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
-    """Whatever a suite says of its sources must be about one that is scored."""
-    for route in recipe.routes if content.measures.guidance is not None else ():
+def _require_measurable_guidance(path: Path, recipe: Recipe) -> None:
+    """``measures.guidance`` is of one route that the base teaches under its field's own guidance."""
+    for route in recipe.routes:
         if len(recipe.routes) > 1 or (route.guidance_scale, route.negative_prompt) != (None, None):
             raise SuiteError(
                 f"{path}: measures.guidance needs one route, taught by its field as that is scored: without a "
                 "guidance_scale or negative_prompt of the route's own"
             )
-        field = recipe.fields[route.field]
-        if field.base is not True or (field.negative_prompt, field.prompt_prefix) != ("", ""):
+        taught_by = recipe.fields[route.field]
+        if taught_by.base is not True or (taught_by.negative_prompt, taught_by.prompt_prefix) != ("", ""):
             raise SuiteError(
                 f"{path}: measures.guidance goes by the base's own guidance, and field {route.field!r} is not the "
                 "base, or has a negative_prompt or prompt_prefix"
             )
-    if content.measures.guidance is not None and recipe.evaluate.guidance_scale != 1.0:
+    if recipe.evaluate.guidance_scale != 1.0:
         raise SuiteError(
             f"{path}: measures.guidance has scales of its own and needs evaluate.guidance_scale 1, found "
             f"{recipe.evaluate.guidance_scale:g}"
         )
-    if content.measures.guidance is not None and recipe.rollout.substeps > 1:
+    if recipe.rollout.substeps > 1:
         raise SuiteError(f"{path}: measures.guidance compares velocities, and rollout.substeps teaches their means")
+
+
+def _require_sources(path: Path, content: SuiteFile, recipe: Recipe) -> None:
+    """Whatever a suite says of its sources must be about one that is scored."""
+    if content.measures.guidance is not None:
+        _require_measurable_guidance(path, recipe)
     if content.measures.exposure is not None and any(route.data.generator is None for route in recipe.routes):
         raise SuiteError(f"{path}: measures.exposure draws inputs apart from the training's, and needs generators")
     sources = ["base", *(name for name, part in recipe.fields.items() if not part.is_base)]

@@ -22,6 +22,7 @@ class Measure:
     everywhere: take it at every point, not at equal updates alone.
     settings: what ``take`` depends on besides the run and its evaluation scenes, as JSON.
     measure: the figures of all runs together, as JSON; pages are made of it alone.
+    estimates: where that JSON has intervals that a claim may be about, nested as they are there; None stands for one.
     tables, plots: that JSON for readers.
     """
 
@@ -29,6 +30,7 @@ class Measure:
     everywhere: bool
     settings: Callable[[Suite], Any]
     measure: Callable[[Suite, Results], dict[str, Any]]
+    estimates: Callable[[Suite], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[Table]]
     plots: Callable[[dict[str, Any]], list[Plot]]
 
@@ -38,14 +40,36 @@ def _own_part(name: str) -> Callable[[Suite], Any]:
     return lambda suite: getattr(suite.measures, name).model_dump(mode="json")
 
 
+def _nothing(suite: Suite) -> None:
+    """No settings beside the run itself."""
+
+
 MEASURES = {
-    "scores": Measure(scores.take, True, scores.settings, scores.measure, scores.tables, scores.plots),
-    "guidance": Measure(guidance.take, False, _own_part("guidance"), guidance.measure, guidance.tables, guidance.plots),
-    "staleness": Measure(
-        staleness.take, False, staleness.settings, staleness.measure, staleness.tables, staleness.plots
+    "scores": Measure(
+        scores.take, True, scores.settings, scores.measure, scores.estimates, scores.tables, scores.plots
     ),
-    "exposure": Measure(exposure.take, False, _own_part("exposure"), exposure.measure, exposure.tables, exposure.plots),
-    "realism": Measure(None, False, lambda suite: None, realism.measure, realism.tables, realism.plots),
+    "guidance": Measure(
+        guidance.take,
+        False,
+        _own_part("guidance"),
+        guidance.measure,
+        guidance.estimates,
+        guidance.tables,
+        guidance.plots,
+    ),
+    "staleness": Measure(
+        staleness.take, False, _nothing, staleness.measure, staleness.estimates, staleness.tables, staleness.plots
+    ),
+    "exposure": Measure(
+        exposure.take,
+        False,
+        _own_part("exposure"),
+        exposure.measure,
+        exposure.estimates,
+        exposure.tables,
+        exposure.plots,
+    ),
+    "realism": Measure(None, False, _nothing, realism.measure, realism.estimates, realism.tables, realism.plots),
 }
 
 

@@ -84,6 +84,17 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
     return {"sigma": sigma, "methods": methods}
 
 
+def estimates(suite: Suite) -> dict[str, Any]:
+    """See ``Measure``."""
+    kinds = (*STATES, "own_over_data")
+    return {
+        "methods": {
+            method: {route.name or route.field: dict.fromkeys(kinds) for route in recipe.routes}
+            for method, recipe in suite.recipes.items()
+        }
+    }
+
+
 def _route(points: list[Point], index: int) -> dict[str, Any]:
     """own, data: sum of squared errors over that of the field's velocities; over steps, [N], in ``at_step``."""
 

@@ -22,6 +22,7 @@ from danceopd.comparison.suite_file import GuidancePart
 from danceopd.comparison.tables import Plot, Table, number, score, signed
 from danceopd.evaluation.guidance import GuidanceSums, student_guidance, unexplained
 from danceopd.evaluation.shapes import scene_noise, score_model
+from danceopd.recipe import Recipe
 from danceopd.report.page import COLORS, figure_png
 from danceopd.training.assemble import Assembly, autocast
 from danceopd.training.hardware import pick_device
@@ -120,6 +121,22 @@ def _method(suite: Suite, results: Results, method: str) -> dict[str, Any]:
             "student_minus_teacher": as_json(paired_difference(plain, teacher)),
         }
     return entry
+
+
+def estimates(suite: Suite) -> dict[str, Any]:
+    """See ``Measure``."""
+    scales = [f"{scale:g}" for scale in _part(suite).scales]
+
+    def entry(recipe: Recipe) -> dict[str, Any]:
+        guided = recipe.fields[recipe.routes[0].field].guidance_scale != 1.0
+        kinds = ("guidance", "over_product", "over_absorbed", "score")
+        return {
+            "empty": None,
+            "scales": {scale: dict.fromkeys(kinds) for scale in scales},
+            **({"teacher": dict.fromkeys(("score", "student_minus_teacher"))} if guided else {}),
+        }
+
+    return {"methods": {method: entry(recipe) for method, recipe in suite.recipes.items()}}
 
 
 def _sums(points: list[Point], scale: str) -> GuidanceSums:

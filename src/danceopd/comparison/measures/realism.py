@@ -43,6 +43,17 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
     return {"teacher": part.teacher, "reference": suite.reference, "sources": sources, "methods": methods}
 
 
+def estimates(suite: Suite) -> dict[str, Any]:
+    """See ``Measure``."""
+
+    def entry(method: str) -> dict[str, Any]:
+        lead = ["minus_reference"] if method != suite.reference else []
+        return dict.fromkeys(("reward", "gap_closed", *lead))
+
+    at_compute = "compute" in suite.views
+    return {"methods": {name: entry(name) | ({"compute": entry(name)} if at_compute else {}) for name in suite.recipes}}
+
+
 def tables(content: dict[str, Any]) -> list[Table]:
     """A table for each view: who earns which reward, and the share of the gap."""
     note = (

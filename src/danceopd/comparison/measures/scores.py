@@ -79,6 +79,19 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
     return content
 
 
+def estimates(suite: Suite) -> dict[str, Any]:
+    """See ``Measure``."""
+
+    def entry(method: str) -> dict[str, Any]:
+        kinds = ["overall", "of_best_source", *(["minus_reference"] if method != suite.reference else [])]
+        return {
+            capability: dict.fromkeys(kinds) | {"tasks": dict.fromkeys(GROUPS[capability][1])}
+            for capability in suite.capabilities
+        }
+
+    return {"views": {view: {method: entry(method) for method in suite.recipes} for view in suite.views}}
+
+
 def _spent(results: Results, method: str, updates: int) -> dict[str, Any]:
     points = results.points[method][updates]
     return {

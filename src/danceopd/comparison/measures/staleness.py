@@ -20,10 +20,6 @@ from danceopd.training.assemble import Assembly
 from danceopd.training.run_folder import RunFolder
 
 
-def settings(suite: Suite) -> None:
-    """Nothing beside the run itself."""
-
-
 def take(assembly: Assembly, model: str, suite: Suite) -> dict[str, Any]:
     """What a run logged of its pool; nothing of a run with fresh rollouts.
 
@@ -53,6 +49,11 @@ def measure(suite: Suite, results: Results) -> dict[str, Any]:
         entry["seconds"] = round(float(np.median([point.seconds for point in points])), 1)
         methods[method] = entry
     return {"capabilities": list(suite.capabilities), "methods": methods}
+
+
+def estimates(suite: Suite) -> dict[str, Any]:
+    """See ``Measure``."""
+    return {"methods": {method: dict.fromkeys(suite.capabilities) for method in suite.recipes}}
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
