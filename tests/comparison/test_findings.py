@@ -24,15 +24,15 @@ def intervals(content):
         yield from intervals(value)
 
 
-def means(content, by_step=False):
-    """What a page says with one number: means, detectable effects, and series by step."""
+def means(content, of_series=False):
+    """What a page says with one number: means, detectable effects, and series by step and by student."""
     if isinstance(content, dict):
         for key, value in content.items():
             alone = key in ("value", "detectable") and value is not None
-            yield from [value] if alone else means(value, by_step or key == "at_step")
+            yield from [value] if alone else means(value, of_series or key in ("at_step", "by_seed"))
     elif isinstance(content, list):
         for value in content:
-            yield from [value] if by_step and isinstance(value, float) else means(value, by_step)
+            yield from [value] if of_series and isinstance(value, float) else means(value, of_series)
 
 
 def tried(file):

@@ -70,6 +70,7 @@ def test_exposure_is_the_error_on_own_states_over_that_on_data():
     route = exposure.measure(None, results_of({"danceopd": {2: taken}}))["methods"]["danceopd"]["edit"]
     assert [route[name]["value"] for name in ("own", "data", "own_over_data")] == [0.3, 0.2, 1.5]
     assert route["at_step"] == {"own": [0.25, 0.3125], "data": [0.25, 0.1875]}
+    assert route["by_seed"] == {"own": [0.3], "data": [0.2]}
 
 
 def test_a_capability_has_the_scores_of_its_own_tasks():
@@ -230,3 +231,9 @@ def test_exposure_is_measured_on_own_states_and_on_noised_data(tmp_path):
     assert at_step["own"][0] == pytest.approx(at_step["data"][0])  # both begin at the same noise
     table = out.with_suffix(".md").read_text().split("## Where students stray")[1]
     assert table.count("| still |") == table.count("| moving |") == 2
+    assert len(set(moving["edit"]["by_seed"]["own"])) == 2  # seeds differ, and the mean lies between them
+    assert (
+        min(moving["edit"]["by_seed"]["own"]) < moving["edit"]["own"]["value"] < max(moving["edit"]["by_seed"]["own"])
+    )
+    each = ", ".join(f"{100 * error:.1f}" for error in moving["edit"]["by_seed"]["own"])
+    assert f" {each} |" in table

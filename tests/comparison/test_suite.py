@@ -97,6 +97,7 @@ def test_settings_that_a_method_has_no_use_for_stay_out_of_its_recipe(tmp_path):
         ({"claims": [{**VALUE, "measure": "realism", "at_least": 1.0}]}, "does not measure 'realism'"),
         ({"claims": [{**LEAD, "over": LEAD["method"]}]}, "a claim is"),
         ({"claims": [{**VALUE, "at_least": 1.0, "view": "compute"}]}, "a claim is"),
+        ({"claims": [{**VALUE, "at_least": 1.0, "at_most": 2.0}]}, "with one of at_least, at_most and between"),
         ({"claims": [{**VALUE, "between": [1.1, 0.9]}]}, "between is a lower and a higher value"),
         ({"methods": {"danceopd": {}, "../x": {}}}, "'../x' names a folder too"),
         ({"methods": {"danceopd": {"train.seed": 3}}}, "train.seed is not set here"),

@@ -63,9 +63,13 @@ def stated(claim: ClaimPart) -> dict[str, Any]:
     if claim.measure is None:
         text = f"{claim.method} leads {claim.over}: {WORDS[str(claim.capability)]}, {WORDS[claim.view]}"
         return {"text": text, "paper": claim.paper, "holds": "above 0", "kind": "difference"}
-    holds = f"at least {claim.at_least or 0.0:g}"
-    if claim.between is not None:
-        holds = "between {:g} and {:g}".format(*claim.between)
+    least, most = _bounds(claim)
+    if most == math.inf:
+        holds = f"at least {least:g}"
+    elif least == -math.inf:
+        holds = f"at most {most:g}"
+    else:
+        holds = f"between {least:g} and {most:g}"
     return {"text": claim.text, "paper": claim.paper, "holds": holds, "kind": "value"}
 
 
@@ -85,7 +89,7 @@ def _lead(claim: ClaimPart, results: Results) -> dict[str, Any]:
 
 
 def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
-    least, most = claim.between or (claim.at_least or 0.0, math.inf)
+    least, most = _bounds(claim)
     found = stated(claim)
     estimate = _at(measures[str(claim.measure)], str(claim.at))
     low, high = (None, None) if estimate is None else (estimate["low"], estimate["high"])
@@ -96,6 +100,16 @@ def _value(claim: ClaimPart, measures: dict[str, Any]) -> dict[str, Any]:
         "relative": None,
         "verdict": verdict(low, high, at_least=least, at_most=most),
     }
+
+
+def _bounds(claim: ClaimPart) -> tuple[float, float]:
+    """The lowest and the highest value that a claim on a measured value allows; endless where it sets none."""
+    if claim.between is not None:
+        return claim.between
+    return (
+        -math.inf if claim.at_least is None else claim.at_least,
+        math.inf if claim.at_most is None else claim.at_most,
+    )
 
 
 def _at(content: dict[str, Any], path: str) -> dict[str, Any] | None:

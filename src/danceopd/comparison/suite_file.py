@@ -92,7 +92,7 @@ class ClaimPart(Part):
     """A claim and where its interval must lie.
 
     Either a method over another (``method``, ``over``, ``capability``, ``view``), which holds above 0; or a measured
-    value (``text``, ``measure``, ``at``) with ``at_least`` or ``between``.
+    value (``text``, ``measure``, ``at``) with ``at_least``, ``at_most`` or ``between``.
     """
 
     method: str | None = Field(default=None, description="The method that should lead.")
@@ -105,6 +105,7 @@ class ClaimPart(Part):
     )
     at: str | None = Field(default=None, description="Where in the measure's JSON: names joined by '/'.")
     at_least: Finite | None = Field(default=None, description="The value that it should reach.")
+    at_most: Finite | None = Field(default=None, description="The value that it should not exceed.")
     between: tuple[Finite, Finite] | None = Field(
         default=None, strict=False, description="The values that it should lie between."
     )
@@ -114,17 +115,17 @@ class ClaimPart(Part):
     def _one_kind(self) -> ClaimPart:
         leads = [self.method, self.over, self.capability]
         value = [self.text, self.measure, self.at]
-        bounds = [self.at_least, self.between]
-        if None not in leads and value == [None] * 3 and bounds == [None] * 2 and self.method != self.over:
+        bounds = [self.at_least, self.at_most, self.between]
+        if None not in leads and value == [None] * 3 and bounds == [None] * 3 and self.method != self.over:
             return self
         viewed = "view" in self.model_fields_set
-        if None not in value and leads == [None] * 3 and bounds.count(None) == 1 and not viewed:
+        if None not in value and leads == [None] * 3 and bounds.count(None) == 2 and not viewed:
             if self.between is not None and not self.between[0] < self.between[1]:
                 raise ValueError(f"between is a lower and a higher value, found {self.between}")
             return self
         raise ValueError(
-            "a claim is {method, over, capability, view} of two methods, or {text, measure, at} with one of at_least "
-            "and between"
+            "a claim is {method, over, capability, view} of two methods, or {text, measure, at} with one of at_least, "
+            "at_most and between"
         )
 
 

@@ -96,7 +96,10 @@ def estimates(suite: Suite) -> dict[str, Any]:
 
 
 def _route(points: list[Point], index: int) -> dict[str, Any]:
-    """own, data: sum of squared errors over that of the field's velocities; over steps, [N], in ``at_step``."""
+    """own, data: sum of squared errors over that of the field's velocities.
+
+    ``by_seed`` has these of every student, [seeds], and ``at_step`` of every step, [N].
+    """
 
     def taken(states: str, key: str) -> np.ndarray:
         return np.array([point.taken["exposure"][states][key][index] for point in points])  # [seeds, n, N]
@@ -108,28 +111,35 @@ def _route(points: list[Point], index: int) -> dict[str, Any]:
         for states in STATES
     }
     entry["own_over_data"] = as_json(paired_ratio(errors["own"].mean(2)[:, None], errors["data"].mean(2)[:, None]))
-    entry["at_step"] = {
-        states: [float(f"{v:.4g}") for v in errors[states].mean((0, 1)) / sizes[states].mean((0, 1))]
-        for states in STATES
-    }
+    for name, others in (("by_seed", (1, 2)), ("at_step", (0, 1))):
+        entry[name] = {
+            states: [float(f"{v:.4g}") for v in errors[states].mean(others) / sizes[states].mean(others)]
+            for states in STATES
+        }
     return entry
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
     """A row for each method and route."""
+    entries = [
+        (method, route, entry) for method, routes in content["methods"].items() for route, entry in routes.items()
+    ]
+    header = ["method", "route", "error on own states", "error on noised data", "own / data"]
     rows = [
         [method, route, percent(entry["own"]), percent(entry["data"]), number(entry["own_over_data"])]
-        for method, routes in content["methods"].items()
-        for route, entry in routes.items()
+        for method, route, entry in entries
     ]
+    if all("by_seed" in entry for *_, entry in entries):  # older results have the means alone
+        header.append("each student's on own states, %")
+        for row, (*_, entry) in zip(rows, entries, strict=True):
+            row.append(", ".join(f"{100 * error:.1f}" for error in entry["by_seed"]["own"]))
     note = (
         "Squared distance from the student's velocity to its route's field, over the field's own square, mean over all "
         "steps, at equal updates: on all states of the student's own rollouts, and on noised data of the same inputs "
         "from the same noise, drawn apart from the training's. Above 1, own / data is exposure bias. Soft mixing has "
         "one field for every route, the average."
     )
-    header = ("method", "route", "error on own states", "error on noised data", "own / data")
-    return [Table("Where students stray", header, rows, note)]
+    return [Table("Where students stray", tuple(header), rows, note)]
 
 
 def plots(content: dict[str, Any]) -> list[Plot]:
