@@ -243,13 +243,33 @@ def test_a_stop_while_the_weights_of_a_point_are_kept_loses_nothing(tmp_path, mo
     compare(path, out=out, resume=True)
 
 
-def test_a_run_that_went_past_a_point_says_so(tmp_path):
-    only = {"compute": None, "recipe": _saved_often(), "methods": {"joint": JOINT}, "reference": "joint"}
+def test_runs_that_went_past_a_point_are_all_named_before_anything_is_trained(tmp_path, monkeypatch):
+    methods = {"danceopd": {}, "joint": JOINT, "other": JOINT | {"joint.sigma_mean": 0.5}}
+    only = {"compute": None, "recipe": _saved_often(), "methods": methods, "reference": "joint"}
     out = tmp_path / "out"
-    train(load_suite(write(tmp_path, **only)).run_recipe("joint", seed=0, updates=6, root=out / "trained"))
-    with pytest.raises(ComparisonError, match="at update 6 and its weights at 2 were not kept; remove it"):
-        compare(write(tmp_path, **only), out=out)
-    compare(write(tmp_path, **only, updates=5), out=out, resume=True)  # whose checkpoint is still there
+    suite = load_suite(write(tmp_path, **only))
+    for name in ("joint", "other"):
+        train(suite.run_recipe(name, seed=0, updates=6, root=out / "trained"))
+    past = r"joint-\w+/seed-0 is already at update 6 and its weights at 2 were not kept; .*other-\w+/seed-0 is already"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", lambda trainer: pytest.fail("trained before all was known"))
+        with pytest.raises(ComparisonError, match=past + ".*; remove these to train again"):
+            compare(write(tmp_path, **only), out=out)
+        with pytest.raises(ComparisonError, match="at 2 were not kept; remove it to train again"):
+            compare(write(tmp_path, **only), out=out, only=["joint"], resume=True)
+    compare(write(tmp_path, **only, updates=5), out=out, resume=True)  # whose checkpoints are still there
+
+
+def test_a_point_that_was_measured_asks_for_no_weights(tmp_path):
+    only = {"compute": None, "recipe": _saved_often(), "methods": {"joint": JOINT}, "reference": "joint"}
+    path, out = write(tmp_path, **only), tmp_path / "out"
+    compare(path, out=out)
+    (kept,) = out.rglob("points/000002")
+    shutil.rmtree(kept)
+    train(load_suite(path).run_recipe("joint", seed=0, updates=6, root=out / "trained"), resume=True)
+    compare(path, out=out, resume=True)
+    with pytest.raises(ComparisonError, match="its weights at 2 were not kept"):  # of which other scenes know nothing
+        compare(write(tmp_path, **only | {"capabilities": ["edit"]}), out=out, resume=True)
 
 
 def test_sources_are_scored_once_whatever_students_are_trained_on(tmp_path, capsys):

@@ -63,8 +63,10 @@ def run_suite(
     _require_searched_with(suite, hashes)
     runs = [(method, seed) for seed in suite.seeds for method in methods]
     folders = {suite.run_folder(method, seed=seed, root=root): hashes[method] for method, seed in runs}
+    lengths = {name: _lengths(suite, name, views[name]) for name in methods}
+    _require_within_reach(suite, lengths, root, runs)
     sources = _sources(suite, root, folders, report)  # before hours are spent
-    work = partial(_run_points, suite, views, root)
+    work = partial(_run_points, suite, lengths, root)
     if jobs > 1:
         try:
             in_parallel(partial(_finish, work), runs, jobs, report)  # its points are files, which are read below
@@ -118,23 +120,46 @@ def _finish(work: Callable[[tuple[str, int], Report], dict[int, Point]], run: tu
     return f"{run[0]}, seed {run[1]}: done"
 
 
+def _lengths(suite: Suite, method: str, views: dict[str, int]) -> dict[int, list[str]]:
+    """By updates at which a method is scored, in order, the measures that are taken there."""
+    taken = [name for name in measured(suite) if MEASURES[name].take is not None]
+    further = suite.points if suite.recipes[method].train.steps else ()
+    return {
+        updates: [name for name in taken if MEASURES[name].everywhere or updates == views.get("updates")]
+        for updates in sorted({*views.values(), *further})
+    }
+
+
+def _require_within_reach(
+    suite: Suite, lengths: dict[str, dict[int, list[str]]], root: Path, runs: list[tuple[str, int]]
+) -> None:
+    """Refuse runs that went past an update whose weights were not kept, all of them before one is trained."""
+    past = []
+    for method, seed in runs:
+        folder = suite.run_folder(method, seed=seed, root=root)
+        unmeasured = [
+            updates for updates, names in lengths[method].items() if not _is_kept(suite, method, folder, updates, names)
+        ]
+        try:
+            reached = _saved(RunFolder(folder)) if unmeasured else {}
+        except RunStateError as error:
+            raise ComparisonError(f"{method}, seed {seed}, in {folder}: {error}") from error
+        lost = [updates for updates in unmeasured if updates not in reached and updates < max(reached, default=0)]
+        if lost:
+            past.append(f"{folder} is already at update {max(reached)} and its weights at {lost[0]} were not kept")
+    if past:
+        listed = "; ".join(past)
+        raise ComparisonError(f"{listed}; remove {'it' if len(past) == 1 else 'these'} to train again")
+
+
 def _run_points(
-    suite: Suite,
-    views: dict[str, dict[str, int]],
-    root: Path,
-    run: tuple[str, int],
-    report: Report,
+    suite: Suite, lengths: dict[str, dict[int, list[str]]], root: Path, run: tuple[str, int], report: Report
 ) -> dict[int, Point]:
     """Every point of one method and seed, by its updates."""
     method, seed = run
-    further = suite.points if suite.recipes[method].train.steps else ()
-    points = {}
-    for updates in sorted({*views[method].values(), *further}):
-        here = updates == views[method].get("updates")
-        taken = [name for name in measured(suite) if MEASURES[name].take is not None]
-        names = [name for name in taken if here or MEASURES[name].everywhere]
-        points[updates] = _point(suite, method, seed, updates, root, names, report)
-    return points
+    return {
+        updates: _point(suite, method, seed, updates, root, names, report) for updates, names in lengths[method].items()
+    }
 
 
 def comparison_updates(suite: Suite, method: str, assembly: Assembly) -> dict[str, int]:
@@ -168,8 +193,8 @@ def _point(
 ) -> Point:
     recipe = suite.run_recipe(method, seed=seed, updates=updates, root=root)
     folder = RunFolder(Path(recipe.output))
-    kept = folder.path / "points" / f"{updates:06d}"
-    files = {name: kept.with_name(f"{kept.name}-{name}-{_key(suite, method, name)}.json") for name in names}
+    kept = _kept_weights(folder.path, updates)
+    files = _files(suite, method, kept, names)
     missing = [name for name, file in files.items() if not file.exists()]
     if missing:
         try:
@@ -197,18 +222,34 @@ def _point(
     return Point(first["updates"], first["compute"], first["seconds"], taken)
 
 
+def _kept_weights(folder: Path, updates: int) -> Path:
+    """Where a run's weights at a point are kept."""
+    return folder / "points" / f"{updates:06d}"
+
+
+def _files(suite: Suite, method: str, kept: Path, names: list[str]) -> dict[str, Path]:
+    """By measure, where what it takes at a point is kept: beside the weights."""
+    return {name: kept.with_name(f"{kept.name}-{name}-{_key(suite, method, name)}.json") for name in names}
+
+
+def _is_kept(suite: Suite, method: str, folder: Path, updates: int, names: list[str]) -> bool:
+    """Whether a point is measured, or has its weights."""
+    kept = _kept_weights(folder, updates)
+    return kept.exists() or all(file.exists() for file in _files(suite, method, kept, names).values())
+
+
 def _trained_to(recipe: Recipe, folder: RunFolder) -> Path:
-    """The checkpoint at the recipe's last update, which is trained unless the run is there or further on."""
-    reached = {load_checkpoint_state(path).step: path for path in checkpoints(folder.checkpoints)}
+    """The checkpoint at the recipe's last update, which is trained unless the run is there."""
+    reached = _saved(folder)
     if recipe.train.steps not in reached:
-        if reached and max(reached) > recipe.train.steps:
-            raise ComparisonError(
-                f"{folder.path} is already at update {max(reached)} and its weights at {recipe.train.steps} were not "
-                "kept; remove it to train it again"
-            )
         train(recipe, resume=True)
-        reached = {load_checkpoint_state(path).step: path for path in checkpoints(folder.checkpoints)}
+        reached = _saved(folder)
     return reached[recipe.train.steps]
+
+
+def _saved(folder: RunFolder) -> dict[int, Path]:
+    """A run's checkpoints by their updates."""
+    return {load_checkpoint_state(path).step: path for path in checkpoints(folder.checkpoints)}
 
 
 def _sources_file(suite: Suite, root: Path) -> Path:
