@@ -344,6 +344,61 @@ def test_teacher_states_are_each_teachers_rollout_under_what_it_is_told(rng):
     assert result.calls.rollout == int(query.step.sum())
 
 
+def two_alike(source, share):
+    """One step with a share of states from elsewhere, and one with all of them from there."""
+    route = d.Route("other", GaussianField(0.5, 0.5), inputs)
+    return [
+        one.step(TinyNet(), batch_size=64, generator=torch.Generator().manual_seed(3))
+        for one in (
+            method(route, off_policy_share=share, off_policy_states=source),
+            method(route, states=source if share == 1 else "student"),
+        )
+    ]
+
+
+@pytest.mark.parametrize("source", ["data", "teacher"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_none_or_all_states_from_elsewhere_are_the_on_policy_and_the_off_policy_method(source, share):
+    mixed, pure = two_alike(source, share)
+    assert mixed.loss.item() == pure.loss.item()
+    assert mixed.calls == pure.calls
+
+
+def test_each_sample_has_its_states_from_the_source_that_it_draws():
+    """From the same noise and queries, a mixed batch's states are some the student's and some noised data, as drawn."""
+    seen = {}
+
+    def states_of(name, **options):
+        student = TinyNet()
+        student.register_forward_hook(
+            lambda m, args, out: seen.update({name: args[0]}) if torch.is_grad_enabled() else None
+        )
+        distil = method(d.Route("other", GaussianField(0.5, 0.5), inputs), query=low_noise(per_rollout=1), **options)
+        return distil.step(student, batch_size=4000, generator=torch.Generator().manual_seed(3)), distil
+
+    own, _ = states_of("own")
+    states_of("data", states="data")
+    mixed, distil = states_of("mixed", off_policy_share=0.25)
+    from_data = (seen["mixed"] == seen["data"]).all(1)
+    torch.testing.assert_close(seen["mixed"][~from_data], seen["own"][~from_data])
+    assert abs(float(from_data.double().mean()) - 0.25) < 0.03
+    assert mixed.calls.rollout < 0.8 * own.calls.rollout
+    assert mixed.calls.rollout / 4000 == pytest.approx(distil.expected_calls().rollout, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"off_policy_share": 1.5}, "from 0 to 1, found 1.5"),
+        ({"off_policy_share": 0.5, "off_policy_states": "student"}, "'data' or 'teacher', found 'student'"),
+        ({"off_policy_share": 0.5, "states": "data"}, "the student's own states, found states 'data'"),
+    ],
+)
+def test_states_from_elsewhere_that_say_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        method(d.Route("other", GaussianField(0.5, 0.5), inputs), **options)
+
+
 def test_prompt_dropout_replaces_the_right_share(rng):
     seen = []
 

@@ -49,6 +49,8 @@ def test_every_method_is_tried_here():
 
 VARIANTS = [
     ["method=off_policy", "query.states=teacher"],
+    ["query={off_policy_share: 0.5, off_policy_states: data}"],
+    ["query={off_policy_share: 0.5, off_policy_states: teacher}"],
     [*settings("flow_opd"), "flow_opd.gradient=score"],
     [*settings("flow_opd"), "flow_opd.gradient=total", "flow_opd.anchor=t2i", "flow_opd.anchor_weight=0.1"],
 ]
@@ -125,6 +127,9 @@ def test_check_predicts_each_methods_cost(tiny):
     assert (group.field_calls, group.train_calls) == (64, 64)
     assert plans["off_policy"].rollout_calls == 0 < plans["danceopd"].rollout_calls
     assert plans["soft_mixing"].field_calls == 2 * plans["danceopd"].field_calls
+    mixed = check(tiny("query={off_policy_share: 0.5, off_policy_states: data}"))
+    assert mixed.rollout_calls == pytest.approx(check(tiny(PLAIN)).rollout_calls / 2)
+    assert all("50% of noised data" in sentence for sentence in mixed.routes)
     few = check(tiny("rollout.substeps=3", FOUR))
     assert few.field_calls == 3 * plans["danceopd"].field_calls
     assert all("3 of its steps in one" in sentence for sentence in few.routes)
@@ -195,6 +200,16 @@ def test_a_methods_settings_reach_it(tiny, overrides, found, value):
         (["method=soft_mixing", "soft_mixing={weights: {t2i: 1, edit: 0}}"], "soft_mixing.weights.edit"),
         (["soft_mixing={weights: {t2i: 1, edit: 1}}"], "soft_mixing: method 'danceopd' makes no use of it"),
         (["query.states=teacher"], "'danceopd' asks at the student's own states, found 'teacher'; .* 'off_policy'"),
+        (["query.off_policy_share=0.5"], "'off_policy_states' and a positive 'off_policy_share' belong together"),
+        (["query.off_policy_states=data"], "'off_policy_states' and a positive 'off_policy_share' belong together"),
+        (
+            ["method=off_policy", "query={states: data, off_policy_share: 0.5, off_policy_states: teacher}"],
+            "off_policy_share: belongs to method 'danceopd' with fresh rollouts, found method 'off_policy'",
+        ),
+        (
+            ["rollout={mode: streaming, pool: 8}", "query={off_policy_share: 0.5, off_policy_states: data}"],
+            "off_policy_share: belongs to .*, found rollout.mode 'streaming'",
+        ),
         (["train.steps=0"], "0 belongs to method 'weight_merge'"),
         (["method=weight_merge", PLAIN, "train.steps=0"], "needs {field: weight, ...}"),
         (["method=flow_opd", PLAIN], "not a multiple of groups of 16"),

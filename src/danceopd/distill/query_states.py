@@ -16,6 +16,7 @@ from danceopd.distill.solver import noised
 from danceopd.states import Query, select
 
 StateSource = Literal["student", "teacher", "data"]
+OffPolicySource = Literal["teacher", "data"]
 
 
 def queried_states(

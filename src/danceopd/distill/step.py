@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from danceopd.distill.batch import RoutedBatch
 from danceopd.distill.matching import VelocityMatching
-from danceopd.distill.query_states import StateSource, queried_states
+from danceopd.distill.query_states import OffPolicySource, StateSource, queried_states
+from danceopd.distill.rollout import Rollout
 from danceopd.distill.routing import Route
 from danceopd.distill.schedule import Grid
 from danceopd.states import ExpectedCalls, NetworkCalls, Query, StepResult
@@ -20,22 +22,45 @@ class DanceOPD(VelocityMatching):
     """The method: frozen fields and their data, the grid, the query band, and how samples are routed.
 
     states: whose states are matched. ``"student"`` is the method; ``"teacher"`` (the routed field's own rollout) and
-    ``"data"`` (a real target noised to the queried sigma) are off-policy. The rest: see ``Method``.
+    ``"data"`` (a real target noised to the queried sigma) are off-policy.
+    off_policy_share: probability that a sample's states are ``off_policy_states`` instead, drawn for each sample. Own
+    states show a student only where it goes itself: where a field agrees with a wrong picture once it is begun, some
+    that are not its own show it the way that it does not take. Generalized knowledge distillation (Agarwal et al. 2024,
+    algorithm 1) mixes so; 0 is DanceOPD's paper. The rest: see ``Method``.
+
+    Raises:
+        ValueError: for unknown states, a share outside 0 to 1, or one beside off-policy ``states``. The rest: see
+            ``Method``.
     """
 
     states: StateSource = "student"
+    off_policy_share: float = 0.0
+    off_policy_states: OffPolicySource = "data"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.states not in ("student", "teacher", "data"):
             raise ValueError(f"states are 'student', 'teacher' or 'data', found {self.states!r}")
+        if self.off_policy_states not in ("teacher", "data"):
+            raise ValueError(f"off-policy states are 'data' or 'teacher', found {self.off_policy_states!r}")
+        if not 0 <= self.off_policy_share <= 1:
+            raise ValueError(f"off_policy_share is from 0 to 1, found {self.off_policy_share}")
+        if self.off_policy_share and self.states != "student":
+            raise ValueError(f"off_policy_share is of the student's own states, found states {self.states!r}")
+
+    @property
+    def _sources(self) -> dict[StateSource, float]:
+        """Whose states are matched, with their shares of the samples."""
+        share = self.off_policy_share
+        return {self.states: 1 - share} | ({self.off_policy_states: share} if share else {})
 
     def expected_calls(self) -> ExpectedCalls:
         def calls(route: Route, grid: Grid) -> ExpectedCalls:
             query, per_velocity = route.query or self.query, route.field.calls_per_velocity
-            depth = 0.0 if self.states == "data" else query.expected_depth(grid)
+            per_step: dict[StateSource, int] = {"student": 1, "teacher": per_velocity, "data": 0}
+            each_step = sum(share * per_step[source] for source, share in self._sources.items())
             return ExpectedCalls(
-                rollout=depth * (per_velocity if self.states == "teacher" else 1),
+                rollout=query.expected_depth(grid) * each_step if each_step else 0.0,
                 field=query.per_rollout * per_velocity,
                 train=query.per_rollout,
             )
@@ -65,11 +90,11 @@ class DanceOPD(VelocityMatching):
         chosen = self.chosen_routes(batch_size, generator, routes)
         losses = self.losses(batch_size, backward)
         calls = NetworkCalls()
-        for batch in self.batches(chosen, generator, query=self.query, targets=self.states == "data"):
+        for batch in self.batches(chosen, generator, query=self.query, targets="data" in self._sources):
             band, grid = batch.query or self.query, batch.grid
             query = band.draw(len(batch.route), grid, generator)
             noise = torch.randn(len(batch.route), *batch.shape, generator=generator).to(self.device)
-            rolled = queried_states(self.states, student, self.routes, batch, noise, grid, query)
+            rolled = self._states(student, batch, noise, query, generator)
             calls += NetworkCalls(rollout=rolled.calls)
             for k in range(band.per_rollout):
                 at = Query(query.step[:, k : k + 1], query.sigma[:, k : k + 1])
@@ -77,6 +102,26 @@ class DanceOPD(VelocityMatching):
                 losses.add(batch.route, matched.losses, query.sigma[:, k], share=1 / band.per_rollout)
                 calls += matched.calls
         return losses.result(calls)
+
+    def _states(
+        self, student: nn.Module, batch: RoutedBatch, noise: Tensor, query: Query, generator: torch.Generator
+    ) -> Rollout:
+        """The queried states of a batch, each sample's from the source that it draws."""
+        if not self.off_policy_share:
+            return queried_states(self.states, student, self.routes, batch, noise, batch.grid, query)
+        away = torch.rand(len(batch.route), generator=generator) < self.off_policy_share
+        states = noise.new_empty(len(noise), query.step.shape[1], *noise.shape[1:])
+        calls = 0
+        for source, drawn in ((self.states, ~away), (self.off_policy_states, away)):
+            rows = drawn.nonzero().squeeze(1)
+            if len(rows):
+                there = rows.to(noise.device)
+                rolled = queried_states(
+                    source, student, self.routes, batch[rows], noise[there], batch.grid, query[rows]
+                )
+                states[there] = rolled.states
+                calls += rolled.calls
+        return Rollout(states, calls)
 
 
 def route_gradient_cosines(result: StepResult, parameters: Sequence[Tensor]) -> dict[tuple[str, str], float]:

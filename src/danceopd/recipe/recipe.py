@@ -214,6 +214,9 @@ class Recipe(Part):
                 f"query.states: method {self.method!r} asks at the student's own states, found {self.query.states!r}; "
                 "the same loss at noised data or on a field's rollout is method 'off_policy'"
             )
+        if self.query.off_policy_share and (self.method != "danceopd" or self.rollout.mode == "streaming"):
+            found = "rollout.mode 'streaming'" if self.method == "danceopd" else f"method {self.method!r}"
+            raise ValueError(f"query.off_policy_share: belongs to method 'danceopd' with fresh rollouts, found {found}")
         if self.method == "diffusion_opd" and self.routing.per == "step":
             raise ValueError("routing.per: method 'diffusion_opd' holds every route in every update")
         if self.method == "soft_mixing":

@@ -102,11 +102,27 @@ class QueryPart(Part):
     states: Literal["student", "teacher", "data"] = Field(
         default="student", description="Whose states: the student's (on-policy), the teacher's, or noised data."
     )
+    off_policy_share: float = number(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the samples that are matched at 'off_policy_states' instead of the student's own.",
+    )
+    off_policy_states: Literal["teacher", "data"] | None = Field(
+        default=None, description="Whose states those are; it belongs to 'off_policy_share'."
+    )
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether target images are noised."""
+        return "data" in (self.states, self.off_policy_states)
 
     @model_validator(mode="after")
     def _known_band(self) -> QueryPart:
         if self.band not in BANDS:
             raise ValueError(f"unknown band {self.band!r}{nearest(self.band, BANDS)}; known: {', '.join(BANDS)}")
+        if (self.off_policy_states is None) != (self.off_policy_share == 0):
+            raise ValueError("'off_policy_states' and a positive 'off_policy_share' belong together")
         return self
 
 

@@ -49,7 +49,7 @@ def tiny_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     for name, part in recipe.fields.items():
         own = [edit for route, edit in zip(recipe.routes, edits, strict=True) if route.field == name]
         fields[name] = _field(recipe, part, pipeline, edits=any(own), made=made)
-    needs_targets = recipe.method == "joint" or recipe.query.states == "data"
+    needs_targets = recipe.method == "joint" or recipe.query.needs_targets
     sizes = _sizes(recipe)
     routes = tuple(
         route.model_copy(

@@ -147,7 +147,7 @@ def assemble(recipe: Recipe, *, device: torch.device, processes: Processes = ALO
     family, inputs = loaded.family, loaded.inputs
     grid = _grids(family, recipe.rollout.num_inference_steps, recipe.rollout.shift)
     buckets, routes = {}, []
-    needs_targets = recipe.method == "joint" or recipe.query.states == "data"
+    needs_targets = recipe.method == "joint" or recipe.query.needs_targets
     for index, part in enumerate(recipe.routes):
         name = part.name or part.field
         examples = route_examples(
@@ -289,7 +289,10 @@ def _method(
             raise RecipeError(f"rollout: {error}") from error
     if query.states != "student":
         return off_policy(states=query.states, **common, **routing, **matching)
-    return DanceOPD(**common, **routing, **matching)  # also for weight_merge, which makes no update
+    mixed = {"off_policy_share": query.off_policy_share} | (
+        {} if query.off_policy_states is None else {"off_policy_states": query.off_policy_states}
+    )
+    return DanceOPD(**common, **routing, **matching, **mixed)  # also for weight_merge, which makes no update
 
 
 def _router(recipe: Recipe) -> Router:
