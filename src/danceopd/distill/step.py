@@ -51,8 +51,10 @@ class DanceOPD(VelocityMatching):
     @property
     def _sources(self) -> dict[StateSource, float]:
         """Whose states are matched, with their shares of the samples."""
-        share = self.off_policy_share
-        return {self.states: 1 - share} | ({self.off_policy_states: share} if share else {})
+        shares: dict[StateSource, float] = {self.states: 1 - self.off_policy_share}
+        if self.off_policy_share:
+            shares[self.off_policy_states] = self.off_policy_share
+        return shares
 
     def expected_calls(self) -> ExpectedCalls:
         def calls(route: Route, grid: Grid) -> ExpectedCalls:
@@ -112,8 +114,9 @@ class DanceOPD(VelocityMatching):
         away = torch.rand(len(batch.route), generator=generator) < self.off_policy_share
         states = noise.new_empty(len(noise), query.step.shape[1], *noise.shape[1:])
         calls = 0
-        for source, drawn in ((self.states, ~away), (self.off_policy_states, away)):
-            rows = drawn.nonzero().squeeze(1)
+        drawn: list[tuple[StateSource, Tensor]] = [(self.states, ~away), (self.off_policy_states, away)]
+        for source, here in drawn:
+            rows = here.nonzero().squeeze(1)
             if len(rows):
                 there = rows.to(noise.device)
                 rolled = queried_states(

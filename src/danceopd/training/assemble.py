@@ -289,10 +289,9 @@ def _method(
             raise RecipeError(f"rollout: {error}") from error
     if query.states != "student":
         return off_policy(states=query.states, **common, **routing, **matching)
-    mixed = {"off_policy_share": query.off_policy_share} | (
-        {} if query.off_policy_states is None else {"off_policy_states": query.off_policy_states}
-    )
-    return DanceOPD(**common, **routing, **matching, **mixed)  # also for weight_merge, which makes no update
+    if query.off_policy_states is not None:
+        matching |= {"off_policy_share": query.off_policy_share, "off_policy_states": query.off_policy_states}
+    return DanceOPD(**common, **routing, **matching)  # also for weight_merge, which makes no update
 
 
 def _router(recipe: Recipe) -> Router:
