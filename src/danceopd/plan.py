@@ -112,8 +112,8 @@ def _route_sentence(assembly: Assembly, recipe: Recipe, index: int, share: float
         states, steps = recipe.states_and_steps(part)
         words.append(f"{states} of {steps} steps ({recipe.query.band} over {recipe.query.over})")
         if recipe.query.off_policy_states is not None:
-            elsewhere = {"data": "of noised data", "teacher": "of the field's own rollouts"}
-            words.append(f"{recipe.query.off_policy_share:.0%} {elsewhere[recipe.query.off_policy_states]}")
+            elsewhere = {"data": "noised data", "teacher": "the field's own rollouts"}
+            words.append(f"a share of {recipe.query.off_policy_share:g} at {elsewhere[recipe.query.off_policy_states]}")
     return ", ".join(words)
 
 

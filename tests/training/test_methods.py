@@ -129,7 +129,7 @@ def test_check_predicts_each_methods_cost(tiny):
     assert plans["soft_mixing"].field_calls == 2 * plans["danceopd"].field_calls
     mixed = check(tiny("query={off_policy_share: 0.5, off_policy_states: data}"))
     assert mixed.rollout_calls == pytest.approx(check(tiny(PLAIN)).rollout_calls / 2)
-    assert all("50% of noised data" in sentence for sentence in mixed.routes)
+    assert all("a share of 0.5 at noised data" in sentence for sentence in mixed.routes)
     few = check(tiny("rollout.substeps=3", FOUR))
     assert few.field_calls == 3 * plans["danceopd"].field_calls
     assert all("3 of its steps in one" in sentence for sentence in few.routes)
@@ -201,6 +201,7 @@ def test_a_methods_settings_reach_it(tiny, overrides, found, value):
         (["soft_mixing={weights: {t2i: 1, edit: 1}}"], "soft_mixing: method 'danceopd' makes no use of it"),
         (["query.states=teacher"], "'danceopd' asks at the student's own states, found 'teacher'; .* 'off_policy'"),
         (["query.off_policy_share=0.5"], "'off_policy_states' and a positive 'off_policy_share' belong together"),
+        (["query={off_policy_share: 1.0, off_policy_states: data}"], "off_policy_share: .*less than 1"),
         (["query.off_policy_states=data"], "'off_policy_states' and a positive 'off_policy_share' belong together"),
         (
             ["method=off_policy", "query={states: data, off_policy_share: 0.5, off_policy_states: teacher}"],

@@ -64,8 +64,8 @@ def run_suite(
     runs = [(method, seed) for seed in suite.seeds for method in methods]
     folders = {suite.run_folder(method, seed=seed, root=root): hashes[method] for method, seed in runs}
     lengths = {name: _lengths(suite, name, views[name]) for name in methods}
-    _require_within_reach(suite, lengths, root, runs)
     sources = _sources(suite, root, folders, report)  # before hours are spent
+    _require_within_reach(suite, lengths, root, runs)
     work = partial(_run_points, suite, lengths, root)
     if jobs > 1:
         try:

@@ -105,8 +105,9 @@ class QueryPart(Part):
     off_policy_share: float = number(
         default=0.0,
         ge=0,
-        le=1,
-        description="Share of the samples that are matched at 'off_policy_states' instead of the student's own.",
+        lt=1,
+        description="Share of the samples that are matched at 'off_policy_states' instead of the student's own; all of "
+        "them are method off_policy.",
     )
     off_policy_states: Literal["teacher", "data"] | None = Field(
         default=None, description="Whose states those are; it belongs to 'off_policy_share'."
