@@ -72,8 +72,8 @@ def _results(suite):
         for name in _again(suite):
             here = MEASURES[name].everywhere or updates == lengths[method].get("updates")
             if MEASURES[name].take is not None and here:
-                file = folder / "points" / f"{updates:06d}-{name}-{runner._key(suite, method, name)}.json"
-                content = json.loads(file.read_text())
+                files = runner._files(suite, method, runner._kept_weights(folder, updates), [name])
+                content = json.loads(files[name].read_text())
                 taken[name] = content["taken"]
         return Point(content["updates"], content["compute"], content["seconds"], taken)
 
